@@ -30,12 +30,14 @@ class Dataset:
         return TITLES[self.name]
 
     def about(self) -> dict:
-        """What is in it: name, sizes, and the SHA-256 of each array's bytes (shape and type are fixed)."""
+        """What is in it: name, sizes, the SHA-256 of each array's bytes, and ``digest``, the SHA-256 of those."""
+        sha256 = {array: hashlib.sha256(getattr(self, array).tobytes()).hexdigest() for array in ARRAYS}
         return {
             "name": self.name,
             "train_images": len(self.x_train),
             "test_images": len(self.x_test),
-            "sha256": {array: hashlib.sha256(getattr(self, array).tobytes()).hexdigest() for array in ARRAYS},
+            "digest": hashlib.sha256("".join(sha256.values()).encode()).hexdigest(),
+            "sha256": sha256,
         }
 
 

@@ -1,7 +1,6 @@
 """Files that are written whole or not at all, so that a failure leaves what was there before."""
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         scratch = Path(folder, path.name)
         yield scratch
-        os.replace(scratch, path)
+        scratch.replace(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.error import HTTPError
 
-from mnist_vae import torchvision_ops  # noqa: F401  before torchvision
+from mnist_vae import torchvision_ops  # noqa: F401
 from mnist_vae.data import Dataset
 from mnist_vae.errors import UserError
-from torchvision.datasets import MNIST
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
+from torchvision.datasets import MNIST  # isort: skip  after torchvision_ops
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive  # isort: skip
 
 TIMEOUT_S = 20  # without an answer, for a connection or a read
 

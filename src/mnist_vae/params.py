@@ -143,7 +143,9 @@ def _explain(problem: dict[str, Any]) -> str:
         case "model_type":
             return f"{name or 'the file'} is {given!r}; it must be a section of `name: value` lines"
         case "too_short" | "too_long":
-            return f"{name} has {len(given)} values; it must have {context.get('min_length', context.get('max_length'))}"
+            return (
+                f"{name} has {len(given)} values; it must have {context.get('min_length', context.get('max_length'))}"
+            )
         case "increasing":
             return f"{name} is {given!r}; {problem['msg']}"
     must = {

@@ -174,7 +174,7 @@ class Progress(Callback):
         )
         self.seen, self.read_at = 0, time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: VAETraining, outputs, batch: Tensor, index: int) -> None:  # noqa: ANN001
+    def on_train_batch_end(self, trainer: L.Trainer, module: VAETraining, outputs, batch: Tensor, index: int) -> None:
         self.seen += len(batch)
         self.bar.update(len(batch))
         done = self.seen == len(module.train_images)

@@ -9,7 +9,7 @@ Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014, https://arxiv.or
 Letters in shapes: B images, D pixels (784), H hidden units, Z latent dimensions.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -105,12 +105,3 @@ def negative_elbo(logits: Tensor, x: Tensor, posterior: Posterior, kl_weight: fl
 def to_pixels(logits: Tensor) -> Tensor:
     """The mean of the likelihood: logits (…, D) to pixel intensities in [0, 1], (…, D)."""
     return torch.sigmoid(logits)
-
-
-def checkpoint(vae: VAE, **about: str) -> dict:
-    """Everything needed to rebuild ``vae``, in plain types and tensors; ``about`` adds what the maker wants known."""
-    weights = {name: tensor.detach().cpu() for name, tensor in vae.state_dict().items()}
-    return {"format": CHECKPOINT_FORMAT, "architecture": asdict(vae.architecture), "about": about, "weights": weights}
-
-
-CHECKPOINT_FORMAT = "mnist-vae/1"

@@ -1,0 +1,48 @@
+# mnist-vae: `make run` makes the pictures. Every target sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/ready
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-fast lint ui plots bench bench-quick clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## make .venv with the pinned packages (done by the other targets when needed)
+
+$(READY): requirements.lock tools/plots_page.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.x")'
+	@echo "Installing the pinned packages into $(VENV) (a few minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@python -m tools.plots_page
+	@touch $@
+
+run: $(READY) ## run the pipeline: data, training, evaluation, pictures
+	@dvc repro
+	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
+
+test: $(READY) ## run all tests
+	@python -m pytest
+
+test-fast: $(READY) ## run the tests that take seconds
+	@python -m pytest -m "not slow"
+
+lint: $(READY) ## check style and format
+	@ruff check
+	@ruff format --check
+
+ui: $(READY) ## open MLflow's page: http://127.0.0.1:5000
+	@(sleep 5; python -m webbrowser http://127.0.0.1:5000 >/dev/null) & mlflow ui
+
+plots: $(READY) ## open the page of charts and pictures
+	@dvc plots show --open
+
+clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db)
+	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache dvc_plots dvc_plots_diff
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""Every picture, from arrays to a matplotlib figure.
+
+Pictures are built on ``Figure`` itself, without pyplot: no global state, no window system, half the import time.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mnist_vae.files import replacing
+from mnist_vae.generation import LatentGrid
+
+NATS = "nats per image"
+DIGIT_COLOURS = "tab10"  # the same ten in each picture
+
+
+def save_png(path: Path, figure: Figure) -> None:
+    """Write a figure; its bytes carry no date and no version of matplotlib."""
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=100, metadata={"Software": None})
+
+
+def tile(images: np.ndarray, cols: int) -> np.ndarray:
+    """Images (rows · cols, H, W) in reading order to one image (rows · H, cols · W)."""
+    _, height, width = images.shape
+    rows = images.reshape(-1, cols, height, width)  # (rows, cols, H, W)
+    return rows.transpose(0, 2, 1, 3).reshape(-1, cols * width)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1] to 0 … 255."""
+    return np.rint(255 * image).astype(np.uint8)
+
+
+def losses_figure(history: dict[str, list[float]], dataset: str) -> Figure:
+    """The notebook's loss curves, from columns epoch, loss, bce, kld (and val_…), nats per image.
+
+    Its three series and markers, in two panels: the KL divergence is 30 times smaller than the other two.
+    """
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    for axes, name, label, marker, colour in (
+        (upper, "loss", "Loss", "o", "C0"),
+        (upper, "bce", "BCE loss", "^", "C1"),
+        (lower, "kld", "KLD loss", "s", "C2"),
+    ):
+        axes.plot(history["epoch"], history[name], marker=marker, color=colour, lw=2, ms=8, label=label)
+        if f"val_{name}" in history:
+            style = {"color": colour, "lw": 2, "ls": "--", "marker": marker, "ms": 5, "mfc": "white"}
+            axes.plot(history["epoch"], history[f"val_{name}"], label=f"{label}, validation", **style)
+    for axes in (upper, lower):
+        axes.set_ylabel(NATS)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    lower.set_xlabel("epoch")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    upper.set_title(f"Training losses · {dataset}")
+    return figure
+
+
+def reconstructions_figure(x: np.ndarray, reconstructions: np.ndarray, nats: np.ndarray, dataset: str) -> Figure:
+    """Images (N, 28, 28) over their reconstructions, sorted as given, each with its −log p(x|z) in nats (N,)."""
+    figure = Figure(figsize=(len(x), 2.6), layout="constrained")
+    for column, pair in enumerate(zip(x, reconstructions, strict=True)):
+        for row, image in enumerate(pair):
+            axes = figure.add_subplot(2, len(x), row * len(x) + column + 1)
+            _show(axes, image)
+        axes.set_title(f"{nats[column]:.0f}", y=-0.3, fontsize=9)
+    figure.suptitle(f"Test images over their reconstructions, best to worst, −log p(x|z) in nats · {dataset}")
+    return figure
+
+
+def latents_figure(means: np.ndarray, labels: np.ndarray, dimensions: tuple[int, int], dataset: str) -> Figure:
+    """The latent space: posterior means (N, Z) along two dimensions, coloured by digit (N,)."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots()
+    across, down = dimensions
+    points = axes.scatter(means[:, across], means[:, down], c=labels, cmap=DIGIT_COLOURS, vmin=0, vmax=9, s=3)
+    axes.set_xlabel(f"posterior mean of z[{across}]")
+    axes.set_ylabel(f"posterior mean of z[{down}]")
+    axes.invert_yaxis()  # z[1] runs down, as in the grid
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+    axes.legend(*points.legend_elements(num=range(10)), title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(f"Test images in the latent space · {dataset}")
+    return figure
+
+
+def samples_figure(images: np.ndarray, cols: int, dataset: str) -> Figure:
+    """Decoded draws from the prior (rows · cols, 28, 28), in reading order."""
+    rows = len(images) // cols
+    figure = Figure(figsize=(max(cols, 6), rows + 0.5), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, tile(images, cols))
+    axes.set_title(f"{rows} × {cols} draws from the prior, decoded · {dataset}")
+    return figure
+
+
+def grid_figure(grid: LatentGrid, dataset: str) -> Figure:
+    """The decoder's images over a grid of z, with the values of z at the edges."""
+    columns, rows = len(grid.across), len(grid.down)
+    figure = Figure(figsize=(10, 10.3 * max(rows / columns, 0.2)), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, tile(grid.images, columns))
+    axes.axis("on")
+    axes.set_title(f"The latent space, decoded at quantiles of the prior · {dataset}")
+    axes.set_xticks(*_ticks(grid.across))
+    axes.set_xlabel(f"z[{grid.dimensions[0]}]")
+    if rows > 1:
+        axes.set_yticks(*_ticks(grid.down))
+        axes.set_ylabel(f"z[{grid.dimensions[1]}]")
+    else:
+        axes.set_yticks([])
+    return figure
+
+
+def _ticks(values: np.ndarray, most: int = 15) -> tuple[list[float], list[str]]:
+    """Positions in pixels and labels for at most ``most`` of a row of digits, both ends among them."""
+    shown = sorted({round(i) for i in np.linspace(0, len(values) - 1, min(len(values), most))})
+    return [28 * i + 13.5 for i in shown], [f"{round(values[i], 2) + 0.0:.2f}" for i in shown]  # no −0.00
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.axis("off")

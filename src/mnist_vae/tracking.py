@@ -1,0 +1,141 @@
+"""The only file that knows MLflow: one run per trained model, opened by training and resumed by later stages."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from mnist_vae.errors import UserError
+
+# Read while mlflow is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+EXPERIMENT = "mnist-vae"
+REPLACES = "replaces_run"  # tag: the id of a run that this store does not know
+
+
+class Run:
+    """A run in the store. Metrics are in nats per image unless their name says otherwise."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.client, self.id = client, run_id
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record parameters. MLflow never changes one, so a second value becomes a tag of the same name."""
+        known = self.client.get_run(self.id).data.params
+        fresh = [Param(name, str(value)) for name, value in params.items() if name not in known]
+        self.client.log_batch(self.id, params=fresh)
+        self.set_tags({name: value for name, value in params.items() if known.get(name, str(value)) != str(value)})
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers; whatever is not a number is left out."""
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self.client.log_metric(self.id, name, value, step=step, synchronous=True)
+
+    def log_image(self, image: np.ndarray, key: str, step: int) -> None:
+        """Record one frame of a slider: a gray uint8 image (H, W)."""
+        self.client.log_image(self.id, image, key=key, step=step, synchronous=True)
+
+    def log_file(self, path: Path) -> None:
+        """Record a copy of a file, under its own folder's name (plots/grid.png)."""
+        self.client.log_artifact(self.id, str(path), artifact_path=path.parent.name or None)
+
+    def log_dataset(self, about: Mapping[str, Any]) -> None:
+        """Record what was trained on (``Dataset.about()``), shown beside the run and searchable by name and digest."""
+        sizes = json.dumps({name: about[name] for name in ("train_images", "test_images")})
+        dataset = Dataset(about["name"], about["digest"][:36], source_type="code", source="{}", profile=sizes)
+        self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags, the only entries of a run that may change."""
+        self.client.log_batch(self.id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+
+
+@contextmanager
+def start_run(workspace: Path, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+    """A new run, marked finished at a clean exit, failed or killed otherwise."""
+    client, experiment = _open_store(workspace)
+    with _friendly(client):
+        run = Run(client, client.create_run(experiment, run_name=name).info.run_id)
+        run.set_tags(tags)
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        client.set_terminated(run.id, status)
+
+
+def resume_run(workspace: Path, run_id: str) -> Run:
+    """The run of this id, for more to be logged.
+
+    A store that does not know it (a clone with pulled artifacts) or has deleted it gets one run in its place,
+    tagged with the old id; every later call finds that one.
+    """
+    client, experiment = _open_store(workspace)
+    with _friendly(client):
+        try:
+            if client.get_run(run_id).info.lifecycle_stage == "active":
+                return Run(client, run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        with _lock(workspace):  # two stages at once must not make two
+            found = client.search_runs([experiment], f"tags.{REPLACES} = '{run_id}'", max_results=1)
+            if found:
+                return Run(client, found[0].info.run_id)
+            run = Run(client, client.create_run(experiment, run_name=f"instead of {run_id[:8]}").info.run_id)
+            run.set_tags({REPLACES: run_id})
+            client.set_terminated(run.id)
+            return run
+
+
+def _open_store(workspace: Path) -> tuple[MlflowClient, str]:
+    """The store and the experiment's id: MLFLOW_TRACKING_URI, or mlflow.db and mlruns/ in ``workspace``."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace / 'mlflow.db'}"
+    # An artifact location is fixed when the experiment is made, and relative ones follow the current folder.
+    location = (workspace / "mlruns" / EXPERIMENT).as_uri() if uri.startswith("sqlite:") else None
+    with _lock(workspace):  # two processes that make a fresh store at once: one would die
+        try:
+            client = MlflowClient(tracking_uri=uri)
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+        except Exception as error:
+            raise UserError(
+                f"MLflow's store {uri} does not open: {str(error).splitlines()[0]}; "
+                "see that MLFLOW_TRACKING_URI is right and its server runs, or unset it for mlflow.db in this folder"
+            ) from error
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"the MLflow experiment {EXPERIMENT} was deleted; "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+        )
+    return client, found.experiment_id
+
+
+def _lock(workspace: Path) -> FileLock:
+    return FileLock(workspace / "mlflow.db.lock")
+
+
+@contextmanager
+def _friendly(client: MlflowClient) -> Iterator[None]:
+    """MLflow's own errors as a user's."""
+    try:
+        yield
+    except MlflowException as error:
+        raise UserError(f"MLflow ({client.tracking_uri}): {str(error).splitlines()[0]}") from error

@@ -1,0 +1,31 @@
+"""render_samples: what does the prior look like?   model, samples.* → plots/samples.png"""
+
+import torch
+
+from mnist_vae import figures, tracking
+from mnist_vae.checkpoint import load_checkpoint
+from mnist_vae.data import TITLES
+from mnist_vae.generation import decode, prior_draws
+from mnist_vae.params import load_params
+from stages import WORKSPACE
+from stages.artifacts import MODEL, PARAMS, PLOTS, read_run_id
+from stages.stage import run_stage
+
+
+def main() -> None:
+    params = load_params(PARAMS)
+    samples = params.samples
+    torch.set_num_threads(1)
+    vae, dataset, _ = load_checkpoint(MODEL)
+
+    z = prior_draws(samples.rows * samples.cols, vae.architecture.latent_dim, samples.seed)
+    figure = figures.samples_figure(decode(vae, z), samples.cols, TITLES[dataset])
+    figures.save_png(PLOTS / "samples.png", figure)
+
+    run = tracking.resume_run(WORKSPACE, read_run_id())
+    run.log_params(params.flat("samples"))
+    run.log_file(PLOTS / "samples.png")
+
+
+if __name__ == "__main__":
+    run_stage(main)

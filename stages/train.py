@@ -1,0 +1,92 @@
+"""train: fit the VAE, live in MLflow.   data, model.*, train.* → models/…, plots/losses.*, metrics/train.json"""
+
+import os
+import platform
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mnist_vae import figures, tracking
+from mnist_vae.checkpoint import Checkpoint, save_checkpoint
+from mnist_vae.data import Dataset
+from mnist_vae.evaluation import encode
+from mnist_vae.files import replacing, write_json
+from mnist_vae.generation import decode, prior_draws
+from mnist_vae.params import Params, load_params
+from mnist_vae.provenance import git_state
+from mnist_vae.training import Epoch, fit, in_words
+from mnist_vae.vae import Architecture
+from stages import HERE, WORKSPACE
+from stages.artifacts import METRICS, MODEL, PARAMS, PLOTS, RUN_ID, read_dataset
+from stages.stage import run_stage
+
+ROWS, COLS = 4, 18  # of the samples that take shape from epoch to epoch
+
+
+def main() -> None:
+    params = load_params(PARAMS)
+    torch.set_num_threads(params.train.threads)
+    dataset = read_dataset()
+    about = dataset.about()
+    architecture = Architecture(params.model.hidden_dim, params.model.latent_dim)
+    z = prior_draws(ROWS * COLS, architecture.latent_dim, params.train.seed)  # the same at every epoch
+
+    with tracking.start_run(WORKSPACE, run_name(params, dataset), run_tags(params, about)) as run:
+        run.log_params(params.flat("data", "model", "train"))
+        run.log_dataset(about)
+
+        def log_epoch(epoch: Epoch) -> None:
+            run.log_metrics({name_split(name): value for name, value in epoch.losses.items()}, step=epoch.number)
+            run.log_image(figures.to_uint8(figures.tile(decode(epoch.vae, z), COLS)), "samples", step=epoch.number)
+
+        trained = fit(dataset.x_train, architecture, params.train, log_epoch)
+
+        kld_per_dim = encode(trained.vae, dataset.x_train).kld().double().mean(dim=0).tolist()
+        save_checkpoint(MODEL, Checkpoint(trained.vae, dataset.name, kld_per_dim))
+        history = pd.DataFrame(trained.history)
+        with replacing(PLOTS / "losses.csv") as scratch:
+            history.to_csv(scratch, index=False)
+        figures.save_png(PLOTS / "losses.png", figures.losses_figure(history.to_dict("list"), dataset.title))
+        last = trained.history[-1]
+        losses = {name_split(name): value for name, value in last.items() if name != "epoch"}
+        write_json(METRICS / "train.json", {"dataset": dataset.name, "epochs": last["epoch"], **losses})
+
+        run.log_metrics({"epochs": last["epoch"], "train_seconds": trained.seconds})
+        for path in (MODEL, PLOTS / "losses.csv", PLOTS / "losses.png", METRICS / "train.json"):
+            run.log_file(path)
+        with replacing(RUN_ID) as scratch:
+            scratch.write_text(run.id + "\n")
+    images = len(dataset.x_train) * last["epoch"]
+    print(f"{last['epoch']} epochs in {trained.seconds:.1f} s ({images / trained.seconds:,.0f} images/s): ", end="")
+    print(in_words({name: value for name, value in last.items() if name != "epoch"}))
+
+
+def name_split(name: str) -> str:
+    """A loss of the training images gets their name in front, where test losses stand beside it."""
+    return name if name.startswith("val_") else f"train_{name}"
+
+
+def run_name(params: Params, dataset: Dataset) -> str:
+    """DVC's name for the experiment where there is one, and what distinguishes the model."""
+    return f"{os.environ.get('DVC_EXP_NAME') or dataset.name} · {params.model.latent_dim}-D"
+
+
+def run_tags(params: Params, about: dict[str, Any]) -> dict[str, Any]:
+    """What to filter runs by: data, model, code, machine."""
+    git = git_state(HERE)
+    return {
+        "dataset": about["name"],
+        "dataset_digest": about["digest"],
+        "latent_dim": params.model.latent_dim,
+        **git,
+        "mlflow.source.git.commit": git["git_commit"],
+        "mlflow.source.name": "stages/train.py",
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        **({"dvc_experiment": os.environ["DVC_EXP_NAME"]} if os.environ.get("DVC_EXP_NAME") else {}),
+    }
+
+
+if __name__ == "__main__":
+    run_stage(main)
