@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 VENV := .venv
+TORCH := torch==2.13.0 torchvision==0.28.0
 READY := $(VENV)/ready
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint ui plots bench bench-quick clean
+.PHONY: help setup run test test-fast lint ui plots bench bench-quick clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,3 +47,10 @@ plots: $(READY) ## open the page of charts and pictures
 clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db)
 	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache dvc_plots dvc_plots_diff
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+lock: ## resolve pyproject.toml's ranges anew into requirements.lock
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet $(TORCH) '.[dev,ssh]'
+	@{ echo "# Made by \`make lock\` from pyproject.toml; for \`pip install -r\`."; \
+	   .venv-lock/bin/python -m pip freeze --exclude mnist-vae | sed 's/+cpu$$//'; } > requirements.lock
+	@rm -rf .venv-lock
