@@ -1,14 +1,15 @@
-"""render_grid: how does the latent space hang together?   model, grid.* → plots/grid.png"""
+"""render_grid: how does the latent space hang together?   model, codes, grid.* → plots/grid.png, plots/explorer.html"""
 
 import torch
 
 from mnist_vae import figures, tracking
 from mnist_vae.checkpoint import load_checkpoint
-from mnist_vae.data import TITLES
+from mnist_vae.explorer import explorer_html
+from mnist_vae.files import replacing
 from mnist_vae.generation import quantile_grid
 from mnist_vae.params import load_params
 from stages import WORKSPACE
-from stages.artifacts import MODEL, PARAMS, PLOTS, read_run_id
+from stages.artifacts import MODEL, PARAMS, PLOTS, read_codes, read_run_id
 from stages.stage import run_stage
 
 
@@ -18,11 +19,16 @@ def main() -> None:
     vae, dataset, kld_per_dim = load_checkpoint(MODEL)
 
     grid = quantile_grid(vae, params.grid.size, params.grid.quantiles, kld_per_dim)
-    figures.save_png(PLOTS / "grid.png", figures.grid_figure(grid, TITLES[dataset]))
+    figures.save_png(PLOTS / "grid.png", figures.grid_figure(grid, dataset))
+    codes = read_codes()
+    page = explorer_html(vae, codes.filter(like="z"), codes["digit"], dataset=dataset, kld_per_dimension=kld_per_dim)
+    with replacing(PLOTS / "explorer.html") as scratch:
+        scratch.write_text(page, encoding="utf-8")
 
     run = tracking.resume_run(WORKSPACE, read_run_id())
     run.log_params(params.flat("grid"))
     run.log_file(PLOTS / "grid.png")
+    run.log_file(PLOTS / "explorer.html")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import torch
 
 from mnist_vae import figures, tracking
 from mnist_vae.checkpoint import load_checkpoint
-from mnist_vae.data import TITLES
 from mnist_vae.generation import decode, prior_draws
 from mnist_vae.params import load_params
 from stages import WORKSPACE
@@ -19,7 +18,7 @@ def main() -> None:
     vae, dataset, _ = load_checkpoint(MODEL)
 
     z = prior_draws(samples.rows * samples.cols, vae.architecture.latent_dim, samples.seed)
-    figure = figures.samples_figure(decode(vae, z), samples.cols, TITLES[dataset])
+    figure = figures.samples_figure(decode(vae, z), samples.cols, dataset)
     figures.save_png(PLOTS / "samples.png", figure)
 
     run = tracking.resume_run(WORKSPACE, read_run_id())

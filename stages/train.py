@@ -8,14 +8,15 @@ import pandas as pd
 import torch
 
 from mnist_vae import figures, tracking
+from mnist_vae.binarization import Kind, binarized, column
 from mnist_vae.checkpoint import Checkpoint, save_checkpoint
 from mnist_vae.data import Dataset
-from mnist_vae.evaluation import encode
+from mnist_vae.encoding import encode
 from mnist_vae.files import replacing, write_json
 from mnist_vae.generation import decode, prior_draws
 from mnist_vae.params import Params, load_params
 from mnist_vae.provenance import git_state
-from mnist_vae.training import Epoch, fit, in_words
+from mnist_vae.training import Epoch, Losses, fit, in_words
 from mnist_vae.vae import Architecture
 from stages import HERE, WORKSPACE
 from stages.artifacts import METRICS, MODEL, PARAMS, PLOTS, RUN_ID, read_dataset
@@ -29,6 +30,9 @@ def main() -> None:
     torch.set_num_threads(params.train.threads)
     dataset = read_dataset()
     about = dataset.about()
+    kind, seed = params.data.binarize, params.data.binarize_seed
+    measured = binarized(dataset, kind, seed)
+    images = measured.x_train if kind == "static" else dataset.x_train
     architecture = Architecture(params.model.hidden_dim, params.model.latent_dim)
     z = prior_draws(ROWS * COLS, architecture.latent_dim, params.train.seed)  # the same at every epoch
 
@@ -37,34 +41,34 @@ def main() -> None:
         run.log_dataset(about)
 
         def log_epoch(epoch: Epoch) -> None:
-            run.log_metrics({name_split(name): value for name, value in epoch.losses.items()}, step=epoch.number)
+            run.log_metrics(stored(epoch.losses, kind), step=epoch.number)
             run.log_image(figures.to_uint8(figures.tile(decode(epoch.vae, z), COLS)), "samples", step=epoch.number)
 
-        trained = fit(dataset.x_train, architecture, params.train, log_epoch)
+        redraw_seed = seed if kind == "dynamic" else None
+        trained = fit(images, architecture, params.train, log_epoch, redraw_seed)
 
-        kld_per_dim = encode(trained.vae, dataset.x_train).kld().double().mean(dim=0).tolist()
-        save_checkpoint(MODEL, Checkpoint(trained.vae, dataset.name, kld_per_dim))
-        history = pd.DataFrame(trained.history)
+        kld_per_dim = encode(trained.vae, measured.x_train).kld().double().mean(dim=0).tolist()
+        save_checkpoint(MODEL, Checkpoint(trained.vae, measured.title, kld_per_dim))
+        history = pd.DataFrame(trained.history).assign(binarize=kind)
         with replacing(PLOTS / "losses.csv") as scratch:
             history.to_csv(scratch, index=False)
-        figures.save_png(PLOTS / "losses.png", figures.losses_figure(history.to_dict("list"), dataset.title))
-        last = trained.history[-1]
-        losses = {name_split(name): value for name, value in last.items() if name != "epoch"}
-        write_json(METRICS / "train.json", {"dataset": dataset.name, "epochs": last["epoch"], **losses})
+        figures.save_png(PLOTS / "losses.png", figures.losses_figure(history.to_dict("list"), measured.title))
+        epochs, losses = trained.epochs, trained.losses
+        about_losses = {"dataset": dataset.name, "binarize": kind, "epochs": epochs}
+        write_json(METRICS / "train.json", {**about_losses, **stored(losses, kind)})
 
-        run.log_metrics({"epochs": last["epoch"], "train_seconds": trained.seconds})
+        run.log_metrics({"epochs": epochs, "train_seconds": trained.seconds})
         for path in (MODEL, PLOTS / "losses.csv", PLOTS / "losses.png", METRICS / "train.json"):
             run.log_file(path)
         with replacing(RUN_ID) as scratch:
             scratch.write_text(run.id + "\n")
-    images = len(dataset.x_train) * last["epoch"]
-    print(f"{last['epoch']} epochs in {trained.seconds:.1f} s ({images / trained.seconds:,.0f} images/s): ", end="")
-    print(in_words({name: value for name, value in last.items() if name != "epoch"}))
+    per_second = epochs * len(images) / trained.seconds
+    print(f"{epochs} epochs in {trained.seconds:.1f} s ({per_second:,.0f} images/s): {in_words(losses)}")
 
 
-def name_split(name: str) -> str:
-    """A loss of the training images gets their name in front, where test losses stand beside it."""
-    return name if name.startswith("val_") else f"train_{name}"
+def stored(losses: Losses, kind: Kind) -> Losses:
+    """Losses under the names that they are stored by: with the split in front, and the kind of pixels behind."""
+    return {column(name if name.startswith("val_") else f"train_{name}", kind): value for name, value in losses.items()}
 
 
 def run_name(params: Params, dataset: Dataset) -> str:
@@ -78,6 +82,7 @@ def run_tags(params: Params, about: dict[str, Any]) -> dict[str, Any]:
     return {
         "dataset": about["name"],
         "dataset_digest": about["digest"],
+        "binarize": params.data.binarize,
         "latent_dim": params.model.latent_dim,
         **git,
         "mlflow.source.git.commit": git["git_commit"],

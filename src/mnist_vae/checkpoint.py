@@ -18,7 +18,7 @@ class Checkpoint(NamedTuple):
     """A model and what it was made from."""
 
     vae: VAE
-    dataset: str  # a key of data.TITLES
+    dataset: str  # the title of what it was trained on
     kld_per_dim: list[float]  # mean over the training images, nats, (Z,)
 
 

@@ -11,6 +11,7 @@ from mnist_vae.errors import UserError
 from mnist_vae.files import replacing
 
 TITLES = {"mnist": "MNIST", "digits": "scikit-learn digits (not MNIST)"}
+PIXELS = {"none": "", "dynamic": ", dynamically binarised", "static": ", statically binarised"}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -23,11 +24,12 @@ class Dataset:
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
+    pixels: str = "none"  # how they were binarised, a key of PIXELS
 
     @property
     def title(self) -> str:
         """The name to put on a picture."""
-        return TITLES[self.name]
+        return TITLES[self.name] + PIXELS[self.pixels]
 
     def about(self) -> dict:
         """What is in it: name, sizes, the SHA-256 of each array's bytes, and ``digest``, the SHA-256 of those."""

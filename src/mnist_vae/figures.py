@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
 
 from mnist_vae.files import replacing
 from mnist_vae.generation import LatentGrid
+from mnist_vae.vae import Posterior
 
 NATS = "nats per image"
 DIGIT_COLOURS = "tab10"  # the same ten in each picture
@@ -72,19 +74,61 @@ def reconstructions_figure(x: np.ndarray, reconstructions: np.ndarray, nats: np.
     return figure
 
 
-def latents_figure(means: np.ndarray, labels: np.ndarray, dimensions: tuple[int, int], dataset: str) -> Figure:
-    """The latent space: posterior means (N, Z) along two dimensions, coloured by digit (N,)."""
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    axes = figure.subplots()
+def latents_figure(
+    posterior: Posterior, labels: np.ndarray, dimensions: tuple[int, int], ellipses: np.ndarray, dataset: str
+) -> Figure:
+    """The latent space: posterior means (N, Z) along two dimensions, coloured by digit (N,).
+
+    ``ellipses`` are the indices of images whose posterior is drawn in full, as its one-sigma ellipse. A latent
+    space of one dimension gets a row for each digit instead of a second axis.
+    """
+    means, stds = posterior.mean.numpy(), np.exp(0.5 * posterior.log_var.numpy())  # (N, Z)
     across, down = dimensions
-    points = axes.scatter(means[:, across], means[:, down], c=labels, cmap=DIGIT_COLOURS, vmin=0, vmax=9, s=3)
+    figure = Figure(figsize=(8.5, 7), layout="constrained")
+    axes = figure.subplots()
+    flat = means.shape[1] == 1
+    rows = labels if flat else means[:, down]
+    points = axes.scatter(means[:, across], rows, c=labels, cmap=DIGIT_COLOURS, vmin=0, vmax=9, s=3)
+    for image in ellipses:
+        width, height = 2 * stds[image, across], 0.5 if flat else 2 * stds[image, down]
+        centre = (means[image, across], rows[image])
+        axes.add_patch(Ellipse(centre, width, height, facecolor="none", edgecolor="black", lw=1))
     axes.set_xlabel(f"posterior mean of z[{across}]")
-    axes.set_ylabel(f"posterior mean of z[{down}]")
+    axes.set_ylabel("digit" if flat else f"posterior mean of z[{down}]")
     axes.invert_yaxis()  # z[1] runs down, as in the grid
-    axes.set_aspect("equal")
+    axes.set_aspect("auto" if flat else "equal")
     axes.grid(alpha=0.3)
     axes.legend(*points.legend_elements(num=range(10)), title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title(f"Test images in the latent space · {dataset}")
+    axes.set_title(f"Test images in the latent space, some with their posterior's one-sigma ellipse\n{dataset}")
+    return figure
+
+
+def nll_figure(nll: np.ndarray, labels: np.ndarray, dataset: str) -> Figure:
+    """How the negative log-likelihood of test images (N,), in nats, is spread, digit by digit (N,)."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    bins = np.linspace(nll.min(), nll.max(), 40)
+    for digit, axes in enumerate(figure.subplots(2, 5, sharex=True, sharey=True).flat):
+        of_digit = nll[labels == digit]
+        axes.hist(of_digit, bins=bins, color=f"C{digit}")
+        if len(of_digit):
+            axes.axvline(of_digit.mean(), color="black", lw=1)
+            axes.set_title(f"{digit}: mean {of_digit.mean():.1f}", fontsize=10)
+    figure.suptitle(f"Negative log-likelihood of the test images, by digit · {dataset}")
+    figure.supxlabel("−log p(x), nats")
+    figure.supylabel("images")
+    return figure
+
+
+def traversal_figure(images: np.ndarray, values: np.ndarray, dimensions: list[int], dataset: str) -> Figure:
+    """One row per active dimension: images (rows · columns, 28, 28) as z takes ``values`` along it, others at 0."""
+    figure = Figure(figsize=(10, max(2.2, 0.8 * len(dimensions) + 1)), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, tile(images, len(values)))
+    axes.axis("on")
+    axes.set_xticks(*_ticks(values))
+    axes.set_yticks([28 * row + 13.5 for row in range(len(dimensions))], [f"z[{dim}]" for dim in dimensions])
+    axes.set_xlabel("value of that z, the others at the prior’s mean")
+    axes.set_title(f"Each active dimension on its own, most informative first · {dataset}")
     return figure
 
 

@@ -49,6 +49,15 @@ def quantile_grid(vae: VAE, size: int, quantiles: list[float], kld_per_dim: list
     return LatentGrid(decode(vae, z.flatten(0, 1)), values, down, dimensions)
 
 
+@torch.inference_mode()
+def traverse(vae: VAE, dimensions: list[int], values: np.ndarray) -> np.ndarray:
+    """Images (len(dimensions) · len(values), 28, 28): each dimension in turn takes ``values``, the others stay 0."""
+    z = torch.zeros(len(dimensions), len(values), vae.architecture.latent_dim)
+    for row, dimension in enumerate(dimensions):
+        z[row, :, dimension] = torch.from_numpy(values).float()
+    return decode(vae, z.flatten(0, 1))
+
+
 def leading_dimensions(kld_per_dim: list[float]) -> tuple[int, int]:
     """The two dimensions with the largest KL, the lower index first; (0, 0) where there is one only."""
     first, second = sorted(np.argsort(kld_per_dim, kind="stable")[-2:]) if len(kld_per_dim) > 1 else (0, 0)

@@ -39,6 +39,8 @@ class Data(Section):
 
     dataset: Literal["mnist", "digits"]
     fallback: Literal["digits", None]
+    binarize: Literal["none", "dynamic", "static"]
+    binarize_seed: Seed
 
 
 class Model(Section):
@@ -65,6 +67,7 @@ class Train(Section):
     min_delta: NonNegative
     accelerator: Literal["auto", "cpu", "gpu", "mps"]
     threads: Count
+    compile: Literal["none", "default", "reduce-overhead"]
 
 
 class Evaluate(Section):
@@ -72,6 +75,10 @@ class Evaluate(Section):
 
     seed: Seed
     draws: Annotated[int, Field(ge=2)]
+    quadrature_step: Annotated[float, Field(ge=0.005, le=0.5)]
+    importance_samples: Count
+    neighbours: Count
+    quality_images: Annotated[int, Field(ge=10)]
 
 
 class Samples(Section):

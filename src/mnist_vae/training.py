@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnist_vae import torchvision_ops  # noqa: F401  before lightning
+from mnist_vae.binarization import binarize
 from mnist_vae.errors import UserError
 from mnist_vae.params import Train
 from mnist_vae.vae import VAE, Architecture, Loss, negative_elbo
@@ -50,28 +51,42 @@ class Fit(NamedTuple):
     history: list[dict[str, float]]  # one row per epoch: epoch, loss, bce, kld (and val_…), nats per image
     seconds: float  # in the training loop
 
+    @property
+    def epochs(self) -> int:
+        """How many there were; early stopping may have left some out."""
+        return len(self.history)
+
+    @property
+    def losses(self) -> Losses:
+        """Those of the last epoch."""
+        return {name: value for name, value in self.history[-1].items() if name != "epoch"}
+
 
 class Images:
-    """Images in memory as uint8, given out as float chunks: one epoch per iteration, shuffled where they are."""
+    """Images in memory as uint8, given out as float chunks: one epoch per iteration, shuffled where they are.
 
-    def __init__(self, images: Tensor, chunk_size: int, shuffle: bool) -> None:
-        self.images, self.chunk_size, self.shuffle = images, chunk_size, shuffle  # (N, D) uint8
+    With ``redraw``, a generator, each pixel given out is a fresh draw from Bernoulli(pixel).
+    """
+
+    def __init__(self, images: Tensor, chunk_size: int, shuffle: bool, redraw: torch.Generator | None = None) -> None:
+        self.images, self.chunk_size, self.shuffle, self.redraw = images, chunk_size, shuffle, redraw  # (N, D) uint8
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.chunk_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Chunks (≤ chunk_size, D) of pixels in [0, 1]."""
+        for chunk in self._chunks():
+            x = chunk.float().div_(255)
+            yield x if self.redraw is None else torch.bernoulli(x, generator=self.redraw)
+
+    def _chunks(self) -> Iterator[Tensor]:
         if not self.shuffle:
-            yield from (to_unit(chunk) for chunk in self.images.split(self.chunk_size))
+            yield from self.images.split(self.chunk_size)
             return
         order = torch.randperm(len(self.images), device=self.images.device)
-        yield from (to_unit(self.images[index]) for index in order.split(self.chunk_size))
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [0, 1]."""
-    return images.float().div_(255)
+        for index in order.split(self.chunk_size):
+            yield self.images[index]
 
 
 class VAETraining(L.LightningModule):
@@ -81,21 +96,37 @@ class VAETraining(L.LightningModule):
     """
 
     def __init__(
-        self, vae: VAE, train: Tensor, validation: Tensor, settings: Train, on_epoch: Callable[[Epoch], None]
+        self,
+        vae: VAE,
+        train: Tensor,
+        validation: Tensor,
+        settings: Train,
+        on_epoch: Callable[[Epoch], None],
+        redraw_seed: int | None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.vae, self.settings, self.on_epoch = vae, settings, on_epoch
+        self.vae, self.settings, self.on_epoch, self.redraw_seed = vae, settings, on_epoch, redraw_seed
+        self.terms = self._terms if settings.compile == "none" else torch.compile(self._terms, mode=settings.compile)
         self.train_images, self.validation_images = train, validation  # (N, D) uint8
         self.train_sums: list[Tensor] = []  # (3,) per chunk of this epoch
         self.val_sums: list[Tensor] = []
         self.history: list[dict[str, float]] = []
 
     def train_dataloader(self) -> Images:
-        return Images(self.train_images.to(self.device), self.settings.batch_size * CHUNK, shuffle=True)
+        chunk_size, redraw = self.settings.batch_size * CHUNK, self._generator(self.redraw_seed)
+        return Images(self.train_images.to(self.device), chunk_size, shuffle=True, redraw=redraw)
 
     def val_dataloader(self) -> Images:
         return Images(self.validation_images.to(self.device), VALIDATION_BATCH, shuffle=False)
+
+    def _generator(self, seed: int | None) -> torch.Generator | None:
+        return None if seed is None else torch.Generator(self.device).manual_seed(seed)
+
+    def _terms(self, x: Tensor, generator: torch.Generator | None = None) -> Loss:
+        """The loss of a mini-batch (B, D), summed over it."""
+        logits, posterior = self.vae(x, generator)
+        return negative_elbo(logits, x, posterior, self.settings.kl_weight)
 
     def configure_optimizers(self) -> dict:
         settings = self.settings
@@ -120,8 +151,7 @@ class VAETraining(L.LightningModule):
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         total = torch.zeros(3, device=self.device)
         for x in chunk.split(self.settings.batch_size):
-            logits, posterior = self.vae(x)
-            terms = negative_elbo(logits, x, posterior, self.settings.kl_weight)
+            terms = self.terms(x)
             optimizer.zero_grad()
             self.manual_backward(terms.loss)
             optimizer.step()
@@ -133,11 +163,10 @@ class VAETraining(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.val_sums.clear()
         # The same noise at every epoch: early stopping must not react to luck.
-        self.noise = torch.Generator(self.device).manual_seed(self.settings.seed)
+        self.noise = self._generator(self.settings.seed)
 
     def validation_step(self, x: Tensor, index: int) -> None:
-        logits, posterior = self.vae(x, self.noise)
-        self.val_sums.append(torch.stack(negative_elbo(logits, x, posterior, self.settings.kl_weight)))
+        self.val_sums.append(torch.stack(self._terms(x, self.noise)))
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", per_image(self.val_sums, len(self.validation_images))["loss"])
@@ -222,17 +251,22 @@ def fit(
     architecture: Architecture,
     settings: Train,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    redraw_seed: int | None = None,
 ) -> Fit:
     """Train a VAE on uint8 images (N, 28, 28), from its initial weights to early stopping or the last epoch.
 
+    With ``redraw_seed`` (dynamic binarisation) the pixels are drawn anew from Bernoulli(pixel) at each epoch; those
+    held out for validation are drawn once.
     Equal seeds, settings and machines give equal bits; the number of threads is the caller's to set.
 
     Raises:
         UserError: too many images held out, an accelerator that is not there, or a loss that is not finite.
     """
     train, validation = hold_out(torch.from_numpy(images).flatten(1), settings.validation_size, settings.seed)
+    if redraw_seed is not None:
+        validation = torch.from_numpy(binarize(validation.numpy(), redraw_seed))
     seed_everything(settings.seed)
-    module = VAETraining(VAE(architecture), train, validation, settings, on_epoch)
+    module = VAETraining(VAE(architecture), train, validation, settings, on_epoch, redraw_seed)
     stopping = EarlyStopping(
         monitor="val_loss" if len(validation) else "train_loss",
         patience=settings.patience,
@@ -261,7 +295,7 @@ def fit(
     seconds = time.perf_counter() - started
     if not all(math.isfinite(value) for value in module.history[-1].values()):
         raise UserError(
-            f"training diverged: {in_words(module.history[-1])} after epoch {module.history[-1]['epoch']:.0f}; "
+            f"training diverged at epoch {len(module.history)} (the loss is not finite); "
             "in params.yaml, lower train.learning_rate or raise train.batch_size"
         )
     return Fit(module.vae.cpu(), module.history, seconds)
