@@ -1,6 +1,7 @@
 """The files that stages pass to each other, relative to the folder that holds dvc.yaml."""
 
 import json
+import uuid
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +38,6 @@ def read_codes() -> pd.DataFrame:
 def read_run_id() -> str:
     """The MLflow run that train opened."""
     try:
-        return RUN_ID.read_text().strip()
-    except OSError as error:
-        raise UserError(f"{RUN_ID} is missing; `dvc repro train` makes it again") from error
+        return uuid.UUID(RUN_ID.read_text().strip()).hex
+    except (OSError, ValueError) as error:
+        raise UserError(f"{RUN_ID} is missing or damaged; `dvc repro train` makes it again") from error

@@ -45,8 +45,8 @@ def obtain(asked_for: Data) -> Dataset:
 
 def mirror() -> str | None:
     """MNIST_MIRROR: a URL, or a folder, which counts from the main workspace."""
-    given = os.environ.get("MNIST_MIRROR")
-    return given if not given or "://" in given else str(WORKSPACE / given)
+    given = os.environ.get("MNIST_MIRROR") or None
+    return given if given is None or "://" in given else str(WORKSPACE / given)
 
 
 if __name__ == "__main__":

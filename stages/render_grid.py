@@ -27,6 +27,10 @@ def main() -> None:
 
     run = tracking.resume_run(WORKSPACE, read_run_id())
     run.log_params(params.flat("grid"))
+    run.describe(
+        f"VAE of {dataset} with {vae.architecture.latent_dim} latent dimensions",
+        figures.to_uint8(figures.tile(grid.images, len(grid.across))),
+    )
     run.log_file(PLOTS / "grid.png")
     run.log_file(PLOTS / "explorer.html")
 

@@ -72,8 +72,10 @@ def stored(losses: Losses, kind: Kind) -> Losses:
 
 
 def run_name(params: Params, dataset: Dataset) -> str:
-    """DVC's name for the experiment where there is one, and what distinguishes the model."""
-    return f"{os.environ.get('DVC_EXP_NAME') or dataset.name} · {params.model.latent_dim}-D"
+    """DVC's name for the experiment where there is one, else the data set's, and what distinguishes the model."""
+    model, train = params.model, params.train
+    name = os.environ.get("DVC_EXP_NAME") or dataset.name
+    return f"{name} · z {model.latent_dim}, h {model.hidden_dim}, batch {train.batch_size}, {train.epochs} epochs"
 
 
 def run_tags(params: Params, about: dict[str, Any]) -> dict[str, Any]:

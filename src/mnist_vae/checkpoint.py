@@ -13,6 +13,12 @@ from mnist_vae.vae import VAE, Architecture
 
 FORMAT = "mnist-vae/1"
 
+# What torch.load and what follows it were seen to raise for files with bytes flipped or missing.
+DAMAGES = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, AssertionError),
+    *(KeyError, IndexError, AttributeError, TypeError, ValueError),
+)
+
 
 class Checkpoint(NamedTuple):
     """A model and what it was made from."""
@@ -51,6 +57,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(vae.eval(), content["dataset"], content["kld_per_dim"])
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {remedy}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError) as error:
+    except DAMAGES as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is damaged or no model of this project ({reason}); {remedy}") from error

@@ -61,9 +61,9 @@ def load_dataset(path: Path, name: str) -> Dataset:
             dataset = Dataset(name, **{array: arrays[array] for array in ARRAYS})
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {remedy}") from error
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or no data set of this project ({error}); {remedy}") from error
     for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
-        if x.dtype != np.uint8 or x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or not len(x):
-            raise UserError(f"{path} holds {x.dtype} images of shape {x.shape} and {len(y)} labels; {remedy}")
+        if {x.dtype, y.dtype} != {np.dtype("uint8")} or x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or not x.size:
+            raise UserError(f"{path} holds {x.dtype} images of shape {x.shape}, labels of shape {y.shape}; {remedy}")
     return dataset

@@ -40,6 +40,10 @@ def download_mnist(mirror: str | None) -> Dataset:
         NoMirrorAnswersError: nobody sent anything.
     """
     with TemporaryDirectory(prefix="mnist-") as root, _time_limit(TIMEOUT_S):
+        if mirror is not None and "://" in mirror and not mirror.startswith(("http://", "https://")):
+            raise UserError(
+                f"MNIST_MIRROR is {mirror!r}; it must be a folder or a URL that begins with http:// or https://"
+            )
         raw = Path(root, "MNIST", "raw")
         raw.mkdir(parents=True)
         if mirror is not None and "://" not in mirror:

@@ -162,10 +162,10 @@ def _explain(problem: dict[str, Any]) -> str:
         "string_type": "a text",
         "list_type": "a list such as [0.1, 0.9]",
         "literal_error": str(context.get("expected", "")).replace("'", "").replace("None", "null"),
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "greater_than": f"more than {context.get('gt')}",
-        "less_than_equal": f"at most {context.get('le')}",
-        "less_than": f"less than {context.get('lt')}",
+        "greater_than_equal": f"at least {context.get('ge', 0):.15g}",
+        "greater_than": f"more than {context.get('gt', 0):.15g}",
+        "less_than_equal": f"at most {context.get('le', 0):.15g}",
+        "less_than": f"less than {context.get('lt', 0):.15g}",
     }.get(problem["type"], problem["msg"])
     return f"{name} is {given!r}; it must be {must}"
 

@@ -293,7 +293,8 @@ def fit(
     started = time.perf_counter()
     trainer.fit(module)
     seconds = time.perf_counter() - started
-    if not all(math.isfinite(value) for value in module.history[-1].values()):
+    weights = torch.nn.utils.parameters_to_vector(module.vae.parameters())
+    if not (weights.isfinite().all() and all(math.isfinite(value) for value in module.history[-1].values())):
         raise UserError(
             f"training diverged at epoch {len(module.history)} (the loss is not finite); "
             "in params.yaml, lower train.learning_rate or raise train.batch_size"

@@ -1,0 +1,49 @@
+"""python -m benchmarks [--quick] [--only QUESTION …]: measure, and write benchmarks/results.md if it was all of it."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks import ROOT
+from benchmarks.measure import MeasurementError, measure
+from benchmarks.questions import FULL, QUESTIONS, QUICK, Bench, answer
+from benchmarks.table import machine, render
+
+RESULTS = Path(__file__).with_name("results.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the speed of the pipeline.")
+    parser.add_argument("--quick", action="store_true", help="one short round; only printed, and no basis for a claim")
+    parser.add_argument(
+        "--only", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=f"{', '.join(QUESTIONS)}; only printed"
+    )
+    arguments = parser.parse_args()
+
+    lines, started = machine(ROOT), time.perf_counter()
+    with TemporaryDirectory(prefix="benchmarks-", ignore_cleanup_errors=True) as folder:
+        try:
+            measure("prepare", Path(folder))
+        except MeasurementError as error:
+            sys.exit(
+                f"benchmarks: they need MNIST (see MNIST_MIRROR in README.md), and its preparation failed.\n{error}"
+            )
+        sections = answer(Bench(Path(folder), QUICK if arguments.quick else FULL), arguments.only or list(QUESTIONS))
+    lines.append(f"Duration: {(time.perf_counter() - started) / 60:.0f} minutes")
+    if arguments.quick:
+        lines.append(
+            "QUICK: one round on a fraction of the images and epochs. The limits are not meant for these numbers."
+        )
+
+    text = render(sections, lines)
+    print(text)
+    if not arguments.quick and not arguments.only:
+        RESULTS.write_text(text, encoding="utf-8")
+        print(f"Written to {RESULTS.relative_to(ROOT)}.", file=sys.stderr)
+    sys.exit(any(section.failure for section in sections))
+
+
+if __name__ == "__main__":
+    main()

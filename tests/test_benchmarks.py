@@ -1,0 +1,185 @@
+"""The benchmarks compare like with like, and say what they measured."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import ROOT
+from benchmarks.accounts import Accounts
+from benchmarks.bare import bare_loop
+from benchmarks.clone import STAGES
+from benchmarks.measure import MeasurementError, Sample, Worker, alternate, measure
+from benchmarks.questions import FAST, FULL, QUESTIONS, QUICK, answer
+from benchmarks.table import Limit, Section, machine, render
+from benchmarks.worker import parameters, repeated, settings
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    """Strokes of random gray, (2000, 28, 28): something a VAE can learn in a few steps."""
+    generator = np.random.default_rng(0)
+    canvas = np.zeros((2_000, 28, 28), np.uint8)
+    for image, column in zip(canvas, generator.integers(5, 22, len(canvas)), strict=True):
+        image[4:24, column : column + 3] = generator.integers(128, 256)
+    return canvas
+
+
+def test_the_bare_loop_and_fit_do_the_same_optimisation(images):
+    from mnist_vae.training import fit
+    from mnist_vae.vae import Architecture
+
+    train = settings(epochs=3, accelerator="cpu")
+
+    bare = bare_loop(torch.from_numpy(images).flatten(1), train, train.epochs)
+    fitted = fit(images, Architecture(), train).history
+
+    assert [epoch.loss for epoch in bare] == pytest.approx([row["loss"] for row in fitted], rel=1e-4)
+    assert bare[-1].loss < 0.7 * bare[0].loss
+
+
+def test_the_notebook_does_the_same_optimisation(images, tmp_path, monkeypatch):
+    """Its noise and order of images differ, so its losses agree only roughly."""
+    pytest.importorskip("lightning")
+    from benchmarks import notebook
+
+    monkeypatch.chdir(tmp_path)
+    labelled = [(torch.from_numpy(image)[None] / 255, 0) for image in images]
+    monkeypatch.setattr(notebook.datasets, "MNIST", lambda *args, **kwargs: labelled)
+    params = parameters()
+    cells = notebook.Notebook(params.train)
+
+    seconds = cells.train(epochs=2)
+    png_bytes = cells.draw(params.samples, params.grid)
+
+    bare = bare_loop(torch.from_numpy(images).flatten(1), params.train, 2)
+    log = (tmp_path / cells.log.log_dir / "metrics.csv").read_text().splitlines()
+    logged = dict(zip(log[0].split(","), log[-1].split(","), strict=True))
+    mean_batch = len(images) / -(-len(images) // 64)
+    assert len(seconds) == 2
+    assert float(logged["loss"]) / mean_batch == pytest.approx(bare[-1].loss, rel=0.2)
+    assert png_bytes > 10_000
+
+
+def test_a_worker_answers_with_json_and_its_memory(tmp_path):
+    result = measure("gpu", tmp_path)
+
+    assert "name" in result
+    assert result["peak_bytes"] > 50e6
+    assert result["wall"] > 0
+
+
+def test_a_failed_worker_says_why(tmp_path):
+    with pytest.raises(MeasurementError, match=r"(?s)bare .*dataset\.npz is missing"):
+        Worker("bare", tmp_path, epochs=1).result()
+
+
+def test_contenders_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+
+    results = alternate(calls, 2)
+
+    assert "".join(order) == "abcbca"
+    assert {name: len(values) for name, values in results.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_sample_shows_its_median_and_spread():
+    assert Sample.of([5.0, 4.0, 4.5]).text() == "4.50 (4.00–5.00)"
+    assert Sample.of([4]).text(1) == "4.0"
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "verdict"),
+    [
+        (1.2, False, "holds"),
+        (1.25, False, "holds"),
+        (1.26, False, "**does not hold**"),
+        (1.26, True, "holds"),
+        (1.2, True, "**does not hold**"),
+        (float("nan"), False, "**does not hold**"),
+        (float("nan"), True, "**does not hold**"),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(value, at_least, verdict):
+    assert Limit("ratio", value, 1.25, at_least=at_least).row()[-1] == verdict
+
+
+def test_a_broken_limit_shows_at_the_top_of_the_results():
+    section = Section("Speed", "How.", ["side", "s"], [["left", "2.0"]], [Limit("left / right", 2.0, 1.25)])
+
+    text = render([section], ["Machine: made up"])
+
+    top, _, rest = text.partition("## Speed")
+    assert "| Speed | left / right | 2 × | at most 1.25 × | **does not hold** |" in top
+    assert "- Machine: made up" in top
+    assert "| left | 2.0 |" in rest
+    assert {line.count("|") for line in rest.splitlines() if line.startswith("|")} == {3}
+
+
+def test_one_failed_question_does_not_lose_the_others(monkeypatch):
+    def fails(bench):
+        raise MeasurementError("no such luck")
+
+    monkeypatch.setitem(QUESTIONS, "gpu", fails)
+    monkeypatch.setitem(QUESTIONS, "threads", lambda bench: Section("Threads", "How."))
+
+    sections = answer(None, ["gpu", "threads"])
+
+    assert [section.title for section in sections] == ["gpu", "Threads"]
+    assert re.search(r"\| gpu \| could not be measured .*does not hold", render(sections, []))
+    assert "no such luck" in render(sections, [])
+
+
+def test_time_is_booked_to_the_innermost_account():
+    accounts = Accounts()
+
+    def inner():
+        time.sleep(0.05)
+
+    def outer():
+        time.sleep(0.1)
+        accounts.booked("inner", inner)()
+
+    accounts.booked("outer", outer)()
+    time.sleep(0.02)
+    seconds = accounts.close()
+
+    assert seconds["inner"] == pytest.approx(0.05, abs=0.04)
+    assert seconds["outer"] == pytest.approx(0.1, abs=0.04)
+    assert 0.02 <= seconds["compute"] < 0.1
+
+
+def test_repeated_images_begin_again_after_the_last():
+    images = np.arange(3 * 784, dtype=np.uint8).reshape(3, 28, 28)
+
+    copy = repeated(images, 7)
+
+    assert copy.shape == (7, 28, 28)
+    assert not np.shares_memory(copy, images)
+    np.testing.assert_array_equal(copy, images[[0, 1, 2, 0, 1, 2, 0]])
+
+
+def test_the_results_name_machine_versions_and_commit():
+    text = "\n".join(machine(ROOT))
+
+    assert re.search(r"cores, \d+ GiB", text)
+    assert f"torch {torch.__version__}" in text
+    assert re.search(r"Commit: ([0-9a-f]{40}, with(out)? uncommitted changes|unknown)", text)
+
+
+def test_the_fast_setting_is_valid():
+    assert settings(**FAST).schedule == "one_cycle"
+
+
+def test_the_stages_are_those_of_dvc_yaml():
+    from ruamel.yaml import YAML
+
+    assert tuple(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]) == STAGES
+
+
+def test_quick_is_less_than_full():
+    assert QUICK.rounds < FULL.rounds
+    assert QUICK.images < FULL.images

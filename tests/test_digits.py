@@ -1,0 +1,102 @@
+"""The embedded digits: MNIST's shape, and a test set that training has not seen in any form."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import zoom
+from sklearn.datasets import load_digits
+
+from mnist_vae.digits import BOX, VARIANTS, digits, enlarge
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The 8 × 8 originals, (1797, 8, 8) in [0, 1], and their labels."""
+    bunch = load_digits()
+    return bunch.images / 16, bunch.target
+
+
+def rows(images):
+    return {image.tobytes() for image in images}
+
+
+def test_images_and_labels_have_mnists_shape_and_type(digits_dataset):
+    assert digits_dataset.name == "digits"
+    assert digits_dataset.x_train.shape == (1438 * VARIANTS, 28, 28)
+    assert digits_dataset.x_test.shape == (359, 28, 28)
+    for x, y in (
+        (digits_dataset.x_train, digits_dataset.y_train),
+        (digits_dataset.x_test, digits_dataset.y_test),
+    ):
+        assert x.dtype == y.dtype == np.uint8
+        assert y.shape == x.shape[:1]
+
+
+def test_ink_is_white_on_black_and_uses_the_whole_range(digits_dataset):
+    assert digits_dataset.x_test.max() == 255
+    assert (digits_dataset.x_test[:, 0, 0] == 0).all()
+
+
+def test_each_digit_occurs_in_both_splits(digits_dataset):
+    assert np.bincount(digits_dataset.y_train, minlength=10).min() > 100 * VARIANTS
+    assert np.bincount(digits_dataset.y_test, minlength=10).min() > 15
+
+
+def test_test_images_are_the_originals_made_larger_each_once(digits_dataset, small):
+    originals = {enlarge(image, np.eye(2)).tobytes(): label for image, label in zip(*small, strict=True)}
+
+    assert [originals.pop(image.tobytes()) for image in digits_dataset.x_test] == digits_dataset.y_test.tolist()
+
+
+def test_no_test_image_is_trained_on(digits_dataset):
+    assert not rows(digits_dataset.x_test) & rows(digits_dataset.x_train)
+
+
+def test_the_forms_of_an_original_are_all_on_one_side(digits_dataset, small):
+    unbent = digits_dataset.x_train[::VARIANTS]
+
+    assert len(rows(unbent) | rows(digits_dataset.x_test)) == len(small[0])
+    assert rows(unbent) | rows(digits_dataset.x_test) == rows(enlarge(image, np.eye(2)) for image in small[0])
+
+
+def test_bent_forms_differ_from_each_other_and_still_show_their_original(digits_dataset):
+    forms = digits_dataset.x_train[: 40 * VARIANTS].reshape(40, VARIANTS, 784).astype(float)
+    forms /= np.linalg.norm(forms, axis=-1, keepdims=True)
+    likest = (forms[:, 1:] @ forms[:, 0].T).argmax(axis=-1)  # (40, VARIANTS − 1)
+
+    assert len(np.unique(forms.reshape(-1, 784), axis=0)) == 40 * VARIANTS
+    assert (likest == np.arange(40)[:, None]).mean() > 0.85
+
+
+def test_labels_follow_their_images(digits_dataset, small):
+    labels = {enlarge(image, np.eye(2)).tobytes(): label for image, label in zip(*small, strict=True)}
+    of_training = digits_dataset.y_train.reshape(-1, VARIANTS)
+
+    assert [labels[image.tobytes()] for image in digits_dataset.x_train[::VARIANTS]] == of_training[:, 0].tolist()
+    assert (of_training == of_training[:, :1]).all()
+
+
+def test_the_digit_is_upright_and_in_the_middle(small):
+    for image in small[0][:20]:
+        enlarged = enlarge(image, np.eye(2))[4:24, 4:24]
+        resized = zoom(image, BOX / 8, order=1, grid_mode=True, mode="nearest")
+
+        assert np.corrcoef(enlarged.ravel(), resized.ravel())[0, 1] > 0.9
+
+
+def test_ink_stays_in_the_middle_20_by_20_box_but_for_a_soft_edge(digits_dataset):
+    outside = digits_dataset.x_test.copy()
+    outside[:, 3:25, 3:25] = 0  # cubic splines bleed a pixel, and ring faintly
+
+    assert outside.max() < 0.05 * 255
+    assert outside.sum() < 2e-3 * digits_dataset.x_test.sum()
+    rows_used = digits_dataset.x_test.max(axis=(0, 2))
+    assert rows_used[[4, 23]].min() > 128
+
+
+def test_every_build_is_the_same(digits_dataset, monkeypatch):
+    monkeypatch.setattr("mnist_vae.digits.VARIANTS", 2)  # the first bend is then the same, and it takes less time
+    again = digits()
+
+    np.testing.assert_array_equal(again.x_test, digits_dataset.x_test)
+    np.testing.assert_array_equal(again.x_train[::2], digits_dataset.x_train[::VARIANTS])
+    np.testing.assert_array_equal(again.x_train[1], digits_dataset.x_train[1])

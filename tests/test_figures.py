@@ -1,0 +1,289 @@
+"""Pictures: where each image lies, and what the words on them say."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+
+from mnist_vae.figures import (
+    grid_figure,
+    latents_figure,
+    losses_figure,
+    nll_figure,
+    reconstructions_figure,
+    samples_figure,
+    save_png,
+    tile,
+    to_uint8,
+    traversal_figure,
+)
+from mnist_vae.generation import LatentGrid
+from mnist_vae.vae import Posterior
+
+TITLE = "scikit-learn digits (not MNIST)"
+HISTORY = {"epoch": [1, 2, 3], "loss": [200.0, 180.0, 170.0], "bce": [197.0, 176.0, 165.0], "kld": [3.0, 4.0, 5.0]}
+
+
+def noise(count, seed=0):
+    return np.random.default_rng(seed).random((count, 28, 28))
+
+
+def grid(across=5, down=5, dimensions=(0, 1)):
+    return LatentGrid(noise(across * down), np.linspace(-1.6, 1.6, across), np.linspace(-1.6, 1.6, down), dimensions)
+
+
+def codes(count=50, latent_dim=2):
+    random = torch.Generator().manual_seed(0)
+    return Posterior(*(torch.randn(count, latent_dim, generator=random) for _ in range(2)))
+
+
+MAKE = {
+    "losses": lambda: losses_figure(HISTORY, TITLE),
+    "reconstructions": lambda: reconstructions_figure(noise(6), noise(6, seed=1), np.linspace(50.4, 250.4, 6), TITLE),
+    "latents": lambda: latents_figure(codes(), np.arange(50) % 10, (0, 1), np.array([3, 4]), TITLE),
+    "nll": lambda: nll_figure(np.linspace(80, 200, 50), np.arange(50) % 10, TITLE),
+    "samples": lambda: samples_figure(noise(8), 4, TITLE),
+    "grid": lambda: grid_figure(grid(), TITLE),
+    "traversal": lambda: traversal_figure(noise(10), np.linspace(-3, 3, 5), [4, 1], TITLE),
+}
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return {name: make() for name, make in MAKE.items()}
+
+
+def words(figure):
+    """Every text that can be seen, as one string."""
+    return "\n".join(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+
+
+def shown(axes):
+    (image,) = axes.get_images()
+    return image.get_array()
+
+
+# images side by side
+
+
+def test_image_k_lies_in_row_k_div_cols_and_column_k_mod_cols():
+    images = np.random.default_rng(0).random((6, 3, 2))
+
+    canvas = tile(images, cols=3)
+
+    assert canvas.shape == (2 * 3, 3 * 2)
+    for k in range(6):
+        row, column = divmod(k, 3)
+        np.testing.assert_array_equal(canvas[3 * row : 3 * (row + 1), 2 * column : 2 * (column + 1)], images[k])
+
+
+def test_paper_is_0_and_ink_255():
+    image = to_uint8(np.array([0.0, 0.5, 0.999, 1.0]))
+
+    assert image.dtype == np.uint8
+    assert image.tolist() == [0, 128, 255, 255]
+
+
+# every picture
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_title_names_the_data_set(figures, name):
+    assert TITLE in words(figures[name])
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_same_picture_has_the_same_bytes(figures, name, tmp_path):
+    save_png(tmp_path / "a" / "picture.png", figures[name])
+    save_png(tmp_path / "b" / "picture.png", MAKE[name]())
+
+    png = (tmp_path / "a" / "picture.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert png == (tmp_path / "b" / "picture.png").read_bytes()
+    assert b"matplotlib" not in png.lower()
+
+
+# losses
+
+
+def test_the_losses_are_three_series_with_three_markers(figures):
+    lines = [line for axes in figures["losses"].axes for line in axes.get_lines()]
+
+    assert [line.get_label() for line in lines] == ["Loss", "BCE loss", "KLD loss"]
+    assert len({line.get_marker() for line in lines}) == 3
+    assert len({line.get_color() for line in lines}) == 3
+    for line, name in zip(lines, ("loss", "bce", "kld"), strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([HISTORY["epoch"], HISTORY[name]]))
+
+
+def test_the_losses_have_their_unit_and_whole_epochs(figures):
+    upper, lower = figures["losses"].axes
+
+    assert upper.get_ylabel() == lower.get_ylabel() == "nats per image"
+    assert lower.get_xlabel() == "epoch"
+    assert all(float(tick).is_integer() for tick in lower.get_xticks())
+
+
+def test_a_single_epoch_is_drawn_too(tmp_path):
+    save_png(tmp_path / "losses.png", losses_figure({name: values[:1] for name, values in HISTORY.items()}, TITLE))
+
+
+def test_validation_losses_are_dashed_and_share_their_colour(figures):
+    history = HISTORY | {f"val_{name}": np.array(HISTORY[name]) + 1 for name in ("loss", "bce", "kld")}
+
+    lines = [line for axes in losses_figure(history, TITLE).axes for line in axes.get_lines()]
+
+    assert len(lines) == 6
+    for trained, validation in zip(lines[::2], lines[1::2], strict=True):
+        assert validation.get_label() == f"{trained.get_label()}, validation"
+        assert validation.get_color() == trained.get_color()
+        assert (trained.get_linestyle(), validation.get_linestyle()) == ("-", "--")
+        np.testing.assert_array_equal(validation.get_ydata(), np.array(trained.get_ydata()) + 1)
+
+
+# reconstructions
+
+
+def test_each_image_stands_over_its_reconstruction_with_its_loss(figures):
+    axes = figures["reconstructions"].axes
+
+    for column in range(6):
+        image, reconstruction = axes[2 * column : 2 * column + 2]
+        np.testing.assert_array_equal(shown(image), noise(6)[column])
+        np.testing.assert_array_equal(shown(reconstruction), noise(6, seed=1)[column])
+        assert reconstruction.get_title() == f"{50 + 40 * column}"
+        above, below = image.get_subplotspec(), reconstruction.get_subplotspec()
+        assert above.colspan.start == below.colspan.start == column
+        assert (above.rowspan.start, below.rowspan.start) == (0, 1)
+    assert "−log p(x|z) in nats" in words(figures["reconstructions"])
+
+
+# latent space
+
+
+def test_each_code_is_a_point_with_the_colour_of_its_digit():
+    posterior = codes(20, latent_dim=4)
+
+    (axes,) = latents_figure(posterior, np.arange(20) % 10, (1, 3), np.array([], int), TITLE).axes
+
+    (points,) = axes.collections
+    np.testing.assert_array_equal(points.get_offsets(), posterior.mean[:, [1, 3]])
+    assert points.get_array().tolist() == (np.arange(20) % 10).tolist()
+    assert points.get_clim() == (0, 9)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("posterior mean of z[1]", "posterior mean of z[3]")
+
+
+def test_an_ellipse_reaches_one_standard_deviation_from_its_mean():
+    posterior = codes(20, latent_dim=4)
+
+    (axes,) = latents_figure(posterior, np.arange(20) % 10, (1, 3), np.array([5, 9]), TITLE).axes
+
+    assert len(axes.patches) == 2
+    for ellipse, image in zip(axes.patches, (5, 9), strict=True):
+        np.testing.assert_allclose(ellipse.center, posterior.mean[image, [1, 3]])
+        std = posterior.log_var[image, [1, 3]].exp().sqrt()
+        np.testing.assert_allclose([ellipse.width / 2, ellipse.height / 2], std, rtol=1e-5)
+
+
+def test_one_latent_dimension_has_a_row_per_digit():
+    posterior, digits = codes(20, latent_dim=1), np.arange(20) % 10
+
+    (axes,) = latents_figure(posterior, digits, (0, 0), np.array([5]), TITLE).axes
+
+    (points,) = axes.collections
+    np.testing.assert_array_equal(points.get_offsets(), np.column_stack([posterior.mean[:, 0], digits]))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("posterior mean of z[0]", "digit")
+
+
+def test_z1_runs_down_as_in_the_grid(figures):
+    (axes,) = figures["latents"].axes
+    bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
+
+    assert bottom > top
+    assert left < right
+
+
+@pytest.mark.parametrize("digits", [range(10), range(5, 9)])
+def test_the_legend_lists_the_digits_that_occur(digits):
+    (axes,) = latents_figure(codes(), np.resize(digits, 50), (0, 1), np.array([], int), TITLE).axes
+
+    legend = axes.get_legend()
+    assert legend.get_title().get_text() == "digit"
+    shown_digits = ["".join(filter(str.isdigit, text.get_text())) for text in legend.get_texts()]
+    assert shown_digits == [str(digit) for digit in digits]
+
+
+# likelihood
+
+
+def test_the_likelihoods_of_each_digit_are_counted_in_a_panel_of_its_own():
+    nll, labels = np.linspace(80, 200, 90), np.arange(90) % 9  # no 9
+
+    figure = nll_figure(nll, labels, TITLE)
+
+    for digit, axes in enumerate(figure.axes):
+        assert sum(bar.get_height() for bar in axes.patches) == (labels == digit).sum()
+        if digit < 9:
+            assert axes.get_title() == f"{digit}: mean {nll[labels == digit].mean():.1f}"
+    assert "−log p(x), nats" in words(figure)
+
+
+# samples and grid
+
+
+def test_samples_are_in_reading_order(figures):
+    (axes,) = figures["samples"].axes
+
+    np.testing.assert_array_equal(shown(axes), tile(noise(8), 4))
+    assert axes.get_title().startswith("2 × 4 draws from the prior")
+
+
+@pytest.mark.parametrize("cols", [1, 8])
+def test_samples_may_be_a_single_row_or_column(cols, tmp_path):
+    save_png(tmp_path / "samples.png", samples_figure(noise(8), cols, TITLE))
+
+
+def test_the_grid_is_in_reading_order_with_z_at_its_edges(figures):
+    (axes,) = figures["grid"].axes
+
+    np.testing.assert_array_equal(shown(axes), tile(noise(25), 5))
+    assert axes.axison
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("z[0]", "z[1]")
+    assert axes.get_xticks().tolist() == axes.get_yticks().tolist() == [13.5, 41.5, 69.5, 97.5, 125.5]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["-1.60", "-0.80", "0.00", "0.80", "1.60"]
+
+
+def test_the_grid_names_the_dimensions_that_it_walks():
+    (axes,) = grid_figure(grid(dimensions=(1, 3)), TITLE).axes
+
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("z[1]", "z[3]")
+
+
+def test_a_grid_of_one_dimension_has_one_axis():
+    (axes,) = grid_figure(grid(down=1, dimensions=(0, 0)), TITLE).axes
+
+    assert axes.get_xlabel() == "z[0]"
+    assert axes.get_ylabel() == ""
+    assert len(axes.get_yticks()) == 0
+
+
+def test_the_ticks_of_a_large_grid_stay_readable():
+    (axes,) = grid_figure(grid(across=40, down=40), TITLE).axes
+
+    ticks = axes.get_xticks()
+    assert len(ticks) == len(axes.get_xticklabels()) <= 15
+    assert (ticks[0], ticks[-1]) == (13.5, 28 * 39 + 13.5)
+
+
+# traversal
+
+
+def test_a_traversal_has_a_named_row_per_dimension(figures):
+    (axes,) = figures["traversal"].axes
+
+    np.testing.assert_array_equal(shown(axes), tile(noise(10), 5))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["z[4]", "z[1]"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["-3.00", "-1.50", "0.00", "1.50", "3.00"]
+    assert axes.get_yticks().tolist() == [13.5, 41.5]
