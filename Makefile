@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint ui plots bench bench-quick clean lock
+.PHONY: help setup run test test-fast lint ui plots bench bench-quick verify clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,10 +39,19 @@ lint: $(READY) ## check style and format
 	@ruff format --check
 
 ui: $(READY) ## open MLflow's page: http://127.0.0.1:5000
-	@(sleep 5; python -m webbrowser http://127.0.0.1:5000 >/dev/null) & mlflow ui
+	@(sleep 5; python -m webbrowser http://127.0.0.1:5000 >/dev/null) & mlflow ui --workers 1
 
 plots: $(READY) ## open the page of charts and pictures
 	@dvc plots show --open
+
+bench: $(READY) ## measure speed for benchmarks/results.md (the better part of an hour; keep the machine idle)
+	@python -m benchmarks
+
+bench-quick: $(READY) ## one short round of the same, printed only
+	@python -m benchmarks --quick
+
+verify: $(READY) ## run the pipeline in a fresh clone and compare every artifact with dvc.lock
+	@python -m tools.verify
 
 clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db)
 	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache dvc_plots dvc_plots_diff

@@ -42,7 +42,11 @@ def main() -> None:
 
         def log_epoch(epoch: Epoch) -> None:
             run.log_metrics(stored(epoch.losses, kind), step=epoch.number)
-            run.log_image(figures.to_uint8(figures.tile(decode(epoch.vae, z), COLS)), "samples", step=epoch.number)
+            run.log_image(
+                figures.to_uint8(figures.tile(decode(epoch.vae, z.to(epoch.vae.device)), COLS)),
+                "samples",
+                step=epoch.number,
+            )
 
         redraw_seed = seed if kind == "dynamic" else None
         trained = fit(images, architecture, params.train, log_epoch, redraw_seed)

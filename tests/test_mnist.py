@@ -224,7 +224,7 @@ def test_a_server_that_keeps_silent_is_given_up(monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
-@pytest.mark.parametrize("address", ["http://[half", "://nothing"])
+@pytest.mark.parametrize("address", ["http://[half", "://nothing", "htpp://mirror/"])
 def test_an_address_that_is_none_is_a_mistake(address, own_mirrors, nobody):
     own_mirrors.append(nobody)
 

@@ -24,8 +24,7 @@ class LatentGrid(NamedTuple):
 @torch.inference_mode()
 def decode(vae: VAE, z: Tensor) -> np.ndarray:
     """Latent codes (N, Z) to images (N, 28, 28) in [0, 1]."""
-    device = next(vae.parameters()).device
-    return to_pixels(vae.decode(z.to(device))).reshape(-1, SIDE, SIDE).cpu().numpy()
+    return to_pixels(vae.decode(z)).reshape(-1, SIDE, SIDE).cpu().numpy()
 
 
 def prior_draws(count: int, latent_dim: int, seed: int) -> Tensor:

@@ -42,7 +42,7 @@ def download_mnist(mirror: str | None) -> Dataset:
     with TemporaryDirectory(prefix="mnist-") as root, _time_limit(TIMEOUT_S):
         if mirror is not None and "://" in mirror and not mirror.startswith(("http://", "https://")):
             raise UserError(
-                f"MNIST_MIRROR is {mirror!r}; it must be a folder or a URL that begins with http:// or https://"
+                f"MNIST_MIRROR: {mirror} is neither a folder nor a URL that begins with http:// or https://"
             )
         raw = Path(root, "MNIST", "raw")
         raw.mkdir(parents=True)

@@ -54,8 +54,14 @@ class Run:
     def log_dataset(self, about: Mapping[str, Any]) -> None:
         """Record what was trained on (``Dataset.about()``), shown beside the run and searchable by name and digest."""
         sizes = json.dumps({name: about[name] for name in ("train_images", "test_images")})
-        dataset = Dataset(about["name"], about["digest"][:36], source_type="code", source="{}", profile=sizes)
+        dataset = Dataset(about["name"], about["digest"][:8], source_type="code", source="{}", profile=sizes)
         self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def describe(self, text: str, picture: np.ndarray) -> None:
+        """The run's description: a gray uint8 image (H, W) over a line of Markdown."""
+        self.client.log_image(self.id, picture, artifact_file="description.png")
+        image = f"![picture](get-artifact?path=description.png&run_uuid={self.id})"  # relative to MLflow's own page
+        self.set_tags({"mlflow.note.content": f"{image}\n\n{text}"})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, the only entries of a run that may change."""
@@ -114,7 +120,8 @@ def _open_store(workspace: Path) -> tuple[MlflowClient, str]:
             client = MlflowClient(tracking_uri=uri)
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
-                return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # the page for training, not for chat
+                return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=kind)
         except Exception as error:
             raise UserError(
                 f"MLflow's store {uri} does not open: {str(error).splitlines()[0]}; "

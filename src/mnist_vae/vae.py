@@ -68,6 +68,11 @@ class VAE(nn.Module):
         self.posterior = nn.Linear(hidden_dim, 2 * latent_dim)  # mean and log-variance side by side
         self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, input_dim))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.posterior.weight.device
+
     def encode(self, x: Tensor) -> Posterior:
         """Images (B, D) to their posterior."""
         mean, log_var = self.posterior(self.encoder(x)).chunk(2, dim=-1)
