@@ -54,8 +54,11 @@ def main() -> None:
     run.log_metrics({f"test_{name}": value for name, value in metrics.items()})
     for path in FILES:
         run.log_file(path)
+    champion = tracking.register_models(WORKSPACE, run, MODEL, about, evaluation.metrics["nll"])
     print(f"{dataset.title}, {len(dataset.x_test):,} test images, nats/image: ", end="")
     print("elbo {elbo:.2f} ± {elbo_se:.2f}, nll {nll:.2f} ± {nll_se:.2f}, kld {kld:.2f}".format(**evaluation.metrics))
+    if champion:
+        print("champion: `mlflow models serve -m models:/mnist-vae-decoder@champion` answers with this model")
 
 
 def card(params: Params, dataset: Dataset, vae: VAE, evaluation: Evaluation) -> str:

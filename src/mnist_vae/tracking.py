@@ -1,26 +1,37 @@
-"""The only file that knows MLflow: one run per trained model, opened by training and resumed by later stages."""
+"""The only file that knows MLflow: one run per trained model, opened by training and resumed by later stages.
 
+To the run belong the decoder and the encoder that a server answers with, registered with the best one as champion.
+"""
+
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
+from mnist_vae import serving
 from mnist_vae.errors import UserError
 
 # Read while mlflow is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+from mlflow import MlflowClient, pyfunc
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, infer_signature
 
 EXPERIMENT = "mnist-vae"
+REGISTERED = {part: f"{EXPERIMENT}-{part}" for part in serving.SERVED}  # the names that models are registered by
+CHAMPION = "champion"  # alias: the version to serve
 REPLACES = "replaces_run"  # tag: the id of a run that this store does not know
 
 
@@ -108,6 +119,82 @@ def resume_run(workspace: Path, run_id: str) -> Run:
             run.set_tags({REPLACES: run_id})
             client.set_terminated(run.id)
             return run
+
+
+def register_models(workspace: Path, run: Run, path: Path, measured_on: Mapping[str, Any], nll: float) -> bool:
+    """Log the decoder and the encoder of a checkpoint, register them, and say whether they are the champions now.
+
+    Both become champions if there are none yet, or if ``nll`` is lower than the champions' and was measured on the
+    same: ``measured_on`` (data set, digest, binarisation) is equal. Other champions stay. A run's model is registered
+    once; measured again, its versions get the new numbers. Processes of one workspace take turns.
+    """
+    about = {name: str(value) for name, value in measured_on.items()}
+    with _friendly(run.client), _lock(workspace):
+        tags = {**about, "nll": repr(nll), "content_sha256": _content_sha256(path)}
+        versions = {part: _registered_version(run, path, part, tags) for part in REGISTERED}
+        if not all(_beaten(run.client, part, versions[part], about, nll) for part in REGISTERED):
+            return False
+        for part, name in REGISTERED.items():
+            run.client.set_registered_model_alias(name, CHAMPION, versions[part])
+        return True
+
+
+def _beaten(client: MlflowClient, part: str, challenger: str, about: Mapping[str, str], nll: float) -> bool:
+    """Whether a version may take the place of the champion: there is none, it is the champion, or it is better."""
+    champion = client.get_registered_model(REGISTERED[part]).aliases.get(CHAMPION)
+    if champion is None or str(champion) == challenger:
+        return True
+    tags = client.get_model_version(REGISTERED[part], champion).tags
+    return about.items() <= tags.items() and nll < float(tags["nll"])
+
+
+def _registered_version(run: Run, path: Path, part: str, tags: Mapping[str, str]) -> str:
+    """The version that holds this part of this run's model, made where there is none; tagged with ``tags``."""
+    client, name = run.client, REGISTERED[part]
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, description=serving.SERVED[part].__doc__)
+    same = f"name = '{name}' and run_id = '{run.id}' and tags.content_sha256 = '{tags['content_sha256']}'"
+    found = client.search_model_versions(same, max_results=1)
+    if not found:
+        model = _log_model(run, path, part)
+        source, model_id = model.artifact_location, model.model_id
+        found = [client.create_model_version(name, source, run.id, tags=dict(tags), model_id=model_id)]
+    for tag, value in tags.items() - found[0].tags.items():
+        client.set_model_version_tag(name, found[0].version, tag, value)
+    return str(found[0].version)
+
+
+def _log_model(run: Run, path: Path, part: str) -> LoggedModel:
+    """Log a part of a checkpoint with the code that serves it; loading it unpickles nothing."""
+    client, served = run.client, serving.load(path, part)
+    example = served.example()
+    model = client.create_logged_model(client.get_run(run.id).info.experiment_id, part, source_run_id=run.id)
+    with TemporaryDirectory() as scratch:
+        folder, library = Path(scratch, part), Path(scratch, "mnist_vae")
+        library.mkdir()
+        for file in serving.PACKED:
+            shutil.copy(file, library)
+        pyfunc.save_model(
+            folder,
+            loader_module=serving.__name__,
+            data_path=path,
+            model_config={"part": part},
+            code_paths=[library],
+            mlflow_model=Model(run_id=run.id, model_id=model.model_id),
+            signature=infer_signature(example, served.predict(example)),
+            input_example=example,
+            # Without them MLflow starts a process to find out. The CPU build of torch has a +cpu that no index knows.
+            pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in ("numpy", "torch")],
+        )
+        client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
+    return model
+
+
+def _content_sha256(path: Path) -> str:
+    """Of a checkpoint and the code that is packed with it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (path, *serving.PACKED))).hexdigest()
 
 
 def _open_store(workspace: Path) -> tuple[MlflowClient, str]:

@@ -1,0 +1,501 @@
+"""What a server answers with: the arrays, the packed model, who is champion, and the answers over HTTP."""
+
+import ast
+import contextlib
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import cloudpickle
+import filelock
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient, pyfunc
+from mlflow.models import Model
+
+from mnist_vae import serving, tracking
+from mnist_vae.checkpoint import Checkpoint, save_checkpoint
+from mnist_vae.errors import UserError
+from mnist_vae.serving import Decoder, Encoder
+from mnist_vae.tracking import REGISTERED, register_models, start_run
+from mnist_vae.vae import VAE, Architecture
+
+LATENT_DIM = 3
+Z = np.array([[0.5, -1.0, 0.25], [2.0, 0.0, -3.0]], np.float32)
+MEASURED_ON = {"dataset": "mnist", "binarize": "none", "images": 10_000, "test_sha256": "6d87"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_store_from_outside():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return VAE(Architecture(hidden_dim=8, latent_dim=LATENT_DIM)).eval()
+
+
+@pytest.fixture(scope="module")
+def path(vae, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "vae.pt"
+    save_checkpoint(path, Checkpoint(vae, "MNIST", [1.0, 0.5, 0.25]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((2, 28, 28), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, path):
+    """A folder whose store holds one registered model, the champion; read it, do not change it."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    with start_run(workspace, "the model", {}) as run:
+        assert register_models(workspace, run, path, MEASURED_ON, 150.0)
+    return workspace
+
+
+@pytest.fixture
+def fresh(workspace, tmp_path, monkeypatch):
+    """A copy of the store to change; models are not written again, which takes most of the time."""
+    folder = tmp_path / "fresh"
+    folder.mkdir()
+    with sqlite3.connect(workspace / "mlflow.db") as before, sqlite3.connect(folder / "mlflow.db") as after:
+        before.backup(after)
+    logged = {model.name: model for model in logged_models(folder)}
+    monkeypatch.setattr(tracking, "_log_model", lambda run, path, part: logged[part])
+    return folder
+
+
+def client_of(workspace):
+    return MlflowClient(tracking_uri=f"sqlite:///{workspace / 'mlflow.db'}")
+
+
+def version_of(workspace, part, alias="champion"):
+    return client_of(workspace).get_model_version_by_alias(REGISTERED[part], alias)
+
+
+def versions_of(workspace, part):
+    return client_of(workspace).search_model_versions(f"name = '{REGISTERED[part]}'")
+
+
+def champions(workspace):
+    """The runs of the champions, decoder and encoder."""
+    return [version_of(workspace, part).run_id for part in REGISTERED]
+
+
+def logged_models(workspace):
+    """The models that the run shows."""
+    client = client_of(workspace)
+    return [
+        client.get_logged_model(given.model_id)
+        for given in client.get_run(champions(workspace)[0]).outputs.model_outputs
+    ]
+
+
+def folder_of(workspace, part):
+    """Where the champion's files are."""
+    version = version_of(workspace, part)
+    source = client_of(workspace).get_model_version_download_uri(version.name, version.version)
+    return Path(source.removeprefix("file://"))
+
+
+def logits(vae, z):
+    with torch.inference_mode():
+        return vae.decode(torch.from_numpy(z))
+
+
+# arrays in, arrays out
+
+
+def test_the_decoder_gives_the_likelihoods_mean_as_images(vae):
+    images = Decoder(vae).predict(Z)
+
+    assert (images.shape, images.dtype) == ((2, 28, 28), np.float32)
+    np.testing.assert_allclose(images.reshape(2, 784), torch.sigmoid(logits(vae, Z)), rtol=1e-6)
+
+
+def test_the_encoder_gives_the_posteriors_mean_and_variance(vae, images):
+    answer = Encoder(vae).predict(images)
+
+    with torch.inference_mode():
+        mean, log_var = vae.encode(torch.from_numpy(images).flatten(1))
+    assert list(answer) == ["mean", "variance"]
+    np.testing.assert_allclose(answer["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(answer["variance"], log_var.exp(), rtol=1e-6)
+
+
+def test_one_is_a_batch_too(vae, images):
+    assert Decoder(vae).predict(Z[:1]).shape == (1, 28, 28)
+    assert Encoder(vae).predict(images[:1])["variance"].shape == (1, LATENT_DIM)
+
+
+def test_what_the_decoder_gives_the_encoder_takes(vae):
+    assert Encoder(vae).predict(Decoder(vae).predict(1e3 * Z))["mean"].shape == (2, LATENT_DIM)
+
+
+@pytest.mark.parametrize("pixel", [-0.01, 1.01, 255, np.nan])
+def test_pixels_outside_of_0_to_1_are_refused(vae, images, pixel):
+    images = images.copy()
+    images[1, 3, 4] = pixel
+
+    with pytest.raises(ValueError, match=r"\[0, 1\]; divide"):
+        Encoder(vae).predict(images)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_z_must_be_finite(vae, value):
+    with pytest.raises(ValueError, match="finite"):
+        Decoder(vae).predict(np.array([[0, 0, value]], np.float32))
+
+
+# the packed model
+
+
+@pytest.mark.parametrize("part", REGISTERED)
+def test_a_model_is_its_checkpoint_and_the_code_that_serves_it(workspace, path, part):
+    folder = folder_of(workspace, part)
+
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    code = {f"code/mnist_vae/{file.name}" for file in serving.PACKED}
+    about = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
+    examples = {"input_example.json", "serving_input_example.json"}
+    assert files == {"data/vae.pt"} | code | about | examples
+    assert (folder / "data/vae.pt").read_bytes() == path.read_bytes()
+    assert all((folder / "code/mnist_vae" / file.name).read_bytes() == file.read_bytes() for file in serving.PACKED)
+
+
+def test_the_packed_code_imports_nothing_of_the_library_but_itself():
+    imported = set()
+    for file in serving.PACKED:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else getattr(node, "names", [])
+            imported |= {getattr(name, "name", name) for name in names}
+
+    own = {name for name in imported if name.startswith("mnist_vae")}
+    assert "mnist_vae.checkpoint" in own
+    assert own <= {f"mnist_vae.{file.stem}" for file in serving.PACKED}
+    assert {name.partition(".")[0] for name in imported - own} - sys.stdlib_module_names <= {"numpy", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("part", "inputs", "outputs"),
+    [
+        ("decoder", [(None, (-1, LATENT_DIM))], [(None, (-1, 28, 28))]),
+        ("encoder", [(None, (-1, 28, 28))], [("mean", (-1, LATENT_DIM)), ("variance", (-1, LATENT_DIM))]),
+    ],
+)
+def test_the_signature_has_names_shapes_and_float32(workspace, part, inputs, outputs):
+    signature = Model.load(folder_of(workspace, part)).signature
+
+    for schema, expected in ((signature.inputs, inputs), (signature.outputs, outputs)):
+        assert [(spec.name, spec.shape) for spec in schema.inputs] == expected
+        assert {spec.type for spec in schema.inputs} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(("part", "shape"), [("decoder", (1, LATENT_DIM)), ("encoder", (1, 28, 28))])
+def test_the_example_is_an_input_that_the_model_takes(workspace, vae, part, shape):
+    folder = folder_of(workspace, part)
+    example = Model.load(folder).load_input_example(str(folder))
+
+    assert example.shape == shape
+    serving.SERVED[part](vae).predict(example.astype(np.float32))
+
+
+def test_the_requirements_are_the_versions_that_run(workspace):
+    lines = (folder_of(workspace, "decoder") / "requirements.txt").read_text().split()
+
+    assert lines[0].startswith("mlflow==")
+    assert lines[1:] == [f"numpy=={np.__version__}", f"torch=={torch.__version__.partition('+')[0]}"]
+
+
+@pytest.mark.parametrize("part", REGISTERED)
+def test_a_model_loads_without_pickle_and_answers_as_before(workspace, vae, images, part, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("unpickled")
+
+    for module in (pickle, cloudpickle):
+        for name in ("load", "loads", "Unpickler", "_Unpickler"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, forbidden)
+    monkeypatch.setattr(sys, "path", sys.path)  # MLflow puts the model's code in front, for good
+    given = {"decoder": Z, "encoder": images}[part]
+
+    answer = pyfunc.load_model(str(folder_of(workspace, part))).predict(given)
+
+    expected = serving.SERVED[part](vae).predict(given)
+    np.testing.assert_equal(answer, expected)
+
+
+def test_the_run_shows_its_models(workspace):
+    run_id, _ = champions(workspace)
+
+    logged = logged_models(workspace)
+    assert sorted(model.name for model in logged) == ["decoder", "encoder"]
+    assert {(str(model.status), model.source_run_id) for model in logged} == {("READY", run_id)}
+    assert {Path(model.artifact_location.removeprefix("file://")) for model in logged} == {
+        folder_of(workspace, "decoder"),
+        folder_of(workspace, "encoder"),
+    }
+
+
+# the registry
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_a_version_tells_its_run_what_it_was_measured_on_and_how_good_it_is(workspace, part):
+    version = version_of(workspace, part)
+
+    assert version.name == f"mnist-vae-{part}"
+    assert client_of(workspace).get_run(version.run_id).info.run_name == "the model"
+    about = {"dataset": "mnist", "binarize": "none", "images": "10000", "test_sha256": "6d87", "nll": "150.0"}
+    assert {name: version.tags[name] for name in about} == about
+
+
+@pytest.mark.parametrize(
+    ("changed", "nll", "moves"),
+    [
+        ({}, 149.9, True),
+        ({}, 150.1, False),
+        ({}, 150.0, False),
+        ({}, 99.0, True),  # as numbers, not as text
+        ({"dataset": "digits"}, 100.0, False),
+        ({"test_sha256": "0123"}, 100.0, False),
+        ({"binarize": "static"}, 100.0, False),
+    ],
+    ids=["better", "worse", "equal", "better by a digit", "other data set", "other images", "other binarisation"],
+)
+def test_the_champion_changes_only_for_a_lower_nll_on_the_same(fresh, path, changed, nll, moves):
+    (before,) = set(champions(fresh))
+    with start_run(fresh, "challenger", {}) as run:
+        answer = register_models(fresh, run, path, MEASURED_ON | changed, nll)
+
+    assert answer is moves
+    assert champions(fresh) == [run.id if moves else before] * 2
+    assert [len(versions_of(fresh, part)) for part in REGISTERED] == [2, 2]
+
+
+def test_without_champions_any_model_becomes_one(fresh, path):
+    for name in REGISTERED.values():
+        client_of(fresh).delete_registered_model_alias(name, "champion")
+    with start_run(fresh, "another", {}) as run:
+        assert register_models(fresh, run, path, MEASURED_ON, 999.0)
+
+    assert champions(fresh) == [run.id, run.id]
+
+
+def test_decoder_and_encoder_move_together_or_not_at_all(fresh, path):
+    client_of(fresh).delete_registered_model_alias(REGISTERED["decoder"], "champion")
+    with start_run(fresh, "worse", {}) as run:
+        assert not register_models(fresh, run, path, MEASURED_ON, 151.0)
+
+    assert "champion" not in client_of(fresh).get_registered_model(REGISTERED["decoder"]).aliases
+
+
+def test_a_model_that_is_measured_again_stays_one_version_with_the_new_numbers(fresh, path):
+    run = tracking.resume_run(fresh, champions(fresh)[0])
+
+    assert register_models(fresh, run, path, MEASURED_ON, 150.5)
+
+    for part in REGISTERED:
+        (version,) = versions_of(fresh, part)
+        assert version.tags["nll"] == "150.5"
+    assert champions(fresh) == [run.id, run.id]
+
+
+def test_another_model_of_the_same_run_is_another_version(fresh, path, tmp_path):
+    run = tracking.resume_run(fresh, champions(fresh)[0])
+    other = tmp_path / "vae.pt"
+    save_checkpoint(other, Checkpoint(VAE(Architecture(8, LATENT_DIM)), "MNIST", [0.0] * LATENT_DIM))
+
+    assert register_models(fresh, run, other, MEASURED_ON, 149.0)
+
+    assert [len(versions_of(fresh, part)) for part in REGISTERED] == [2, 2]
+    assert int(version_of(fresh, "decoder").version) == 2
+
+
+def test_the_same_model_served_by_other_code_is_another_version(fresh, path, tmp_path, monkeypatch):
+    run = tracking.resume_run(fresh, champions(fresh)[0])
+    changed = tmp_path / "serving.py"
+    changed.write_text("# changed\n")
+    monkeypatch.setattr(serving, "PACKED", [*serving.PACKED[:-1], changed])
+
+    register_models(fresh, run, path, MEASURED_ON, 150.0)
+
+    assert [len(versions_of(fresh, part)) for part in REGISTERED] == [2, 2]
+
+
+def test_no_other_process_comes_between_the_question_and_the_move(fresh, path, monkeypatch):
+    def is_locked():
+        with pytest.raises(filelock.Timeout), filelock.FileLock(fresh / "mlflow.db.lock", timeout=0):
+            pass
+
+    asked = []
+    for name in ("search_model_versions", "get_registered_model", "set_registered_model_alias"):
+        original = getattr(MlflowClient, name)
+
+        def checked(*args, name=name, original=original, **kwargs):
+            is_locked()
+            asked.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, name, checked)
+    with start_run(fresh, "better", {}) as run:
+        register_models(fresh, run, path, MEASURED_ON, 149.0)
+
+    assert set(asked) == {"search_model_versions", "get_registered_model", "set_registered_model_alias"}
+
+
+@pytest.mark.slow
+def test_a_stage_that_registers_prints_nothing_of_mlflows(fresh, path):
+    program = f"""
+import sys; sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from mnist_vae.tracking import register_models, start_run
+with start_run(Path(sys.argv[1]), "quiet", {{}}) as run:
+    print(register_models(Path(sys.argv[1]), run, Path(sys.argv[2]), {MEASURED_ON!r}, 149.0))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program, str(fresh), str(path)], capture_output=True, text=True, check=True
+    )
+
+    assert (answer.stdout, answer.stderr) == ("True\n", "")
+
+
+def test_a_registry_that_fails_is_a_users_problem(fresh, path):
+    with start_run(fresh, "deleted", {}) as run:
+        pass
+    with pytest.raises(UserError, match=re.escape(f"MLflow (sqlite:///{fresh / 'mlflow.db'}): ")):
+        register_models(fresh, run, path, dict.fromkeys([""], "a tag without a name"), 150.0)
+
+
+# over HTTP, as the README has it
+
+
+@pytest.fixture(scope="module")
+def servers(workspace):
+    """The addresses of two servers, started in the workspace as in the repository, without the library on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    scripts = str(Path(sys.executable).parent)
+    environment |= {"PATH": f"{scripts}{os.pathsep}{environment['PATH']}", "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        addresses = {}
+        for part, name in REGISTERED.items():
+            port, log = free_port(), workspace / f"{part}.log"
+            command = f"mlflow models serve -m models:/{name}@champion --env-manager local -p {port}"
+            stack.enter_context(serve(command.split(), workspace, environment, log))
+            addresses[part] = f"http://127.0.0.1:{port}", log
+        for address, log in addresses.values():
+            wait_for(f"{address}/ping", log, seconds=90)
+        yield {part: address for part, (address, _) in addresses.items()}
+
+
+@contextlib.contextmanager
+def serve(command, folder, environment, log):
+    """A server in a process group of its own, which ends with it."""
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            yield
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(url, log, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.2)
+    pytest.fail(f"{url} does not answer after {seconds} s:\n{log.read_text()}")
+
+
+def ask(address, inputs):
+    """The status and the JSON of an answer to ``inputs``."""
+    request = urllib.request.Request(
+        f"{address}/invocations",
+        data=json.dumps({"inputs": inputs}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.slow
+def test_a_server_answers_z_with_images(servers, vae):
+    status, answer = ask(servers["decoder"], Z.tolist())
+
+    assert status == 200
+    assert np.shape(answer["predictions"]) == (2, 28, 28)
+    np.testing.assert_allclose(
+        np.reshape(answer["predictions"], (2, 784)), torch.sigmoid(logits(vae, Z)), rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.slow
+def test_a_server_answers_images_with_mean_and_variance(servers, vae, images):
+    status, answer = ask(servers["encoder"], images.tolist())
+
+    with torch.inference_mode():
+        mean, log_var = vae.encode(torch.from_numpy(images).flatten(1))
+    assert status == 200
+    np.testing.assert_allclose(answer["predictions"]["mean"], mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(answer["predictions"]["variance"], log_var.exp(), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "inputs", "reason"),
+    [
+        ("decoder", [[0.0, 0.0]], f"Shape of input (1, 2) does not match expected shape (-1, {LATENT_DIM})"),
+        ("decoder", [0.0] * LATENT_DIM, f"Shape of input ({LATENT_DIM},) does not match"),
+        ("decoder", [["a"] * LATENT_DIM], "could not convert string to float"),
+        ("encoder", np.zeros((1, 784)).tolist(), "Shape of input (1, 784) does not match expected shape (-1, 28, 28)"),
+        ("encoder", np.full((1, 28, 28), 255).tolist(), "pixels must be in [0, 1]; divide those of 0 to 255 by 255"),
+    ],
+    ids=["z too short", "no batch", "text", "flat image", "pixels to 255"],
+)
+def test_a_server_says_what_is_wrong_with_a_request(servers, part, inputs, reason):
+    status, answer = ask(servers[part], inputs)
+
+    assert status == 400
+    assert reason in answer["message"] + answer.get("stack_trace", "")
+
+
+@pytest.mark.slow
+def test_a_server_runs_the_models_own_code(servers, workspace):
+    _, answer = ask(servers["encoder"], np.full((1, 28, 28), 255).tolist())
+
+    assert str(folder_of(workspace, "encoder") / "code" / "mnist_vae" / "serving.py") in answer["stack_trace"]
