@@ -84,10 +84,6 @@ def model_card(
 
     Picture links are relative to a folder beside ``plots/``.
     """
-    numbers = [
-        _row(f"`{name}`", _with_error(name, metrics), *meaning)
-        for name, meaning in ((name, meaning_of(name)) for name in metrics if not name.endswith("_se"))
-    ]
     return "\n".join([
         f"# mnist-vae on {title}",
         "",
@@ -99,9 +95,7 @@ def model_card(
         "",
         f"On the test images. {CAVEATS[kind]}",
         "",
-        _row("name", "value ± standard error", "unit", "meaning", "source"),
-        _row(*["---"] * 5),
-        *numbers,
+        *numbers_table(metrics),
         "",
         f"Sample quality is measured in the space “{FEATURE_SPACE}”, with k = {NEIGHBOURS} and equal numbers of images "
         "on both sides. It compares models of this project with each other and with the ceiling. It is comparable "
@@ -119,6 +113,19 @@ def model_card(
         *_table("parameter", params),
         "",
     ])  # fmt: skip
+
+
+def numbers_table(metrics: Metrics) -> list[str]:
+    """Every number with its error, unit, meaning and source, as the lines of a Markdown table."""
+    return [
+        _row("name", "value ± standard error", "unit", "meaning", "source"),
+        _row(*["---"] * 5),
+        *(
+            _row(f"`{name}`", _with_error(name, metrics), *meaning_of(name))
+            for name in metrics
+            if not name.endswith("_se")
+        ),
+    ]
 
 
 def meaning_of(name: str) -> Meaning:
