@@ -32,7 +32,7 @@ class Effort:
     rounds: int = 3
     long_rounds: int = 2  # of what takes minutes
     images: int = IMAGES  # trained on where epochs are timed
-    epochs: int = 2  # timed, after the warm-up
+    epochs: int = 1  # timed, after the warm-up
     whole_epochs: int | None = None  # of the whole pipeline and the whole notebook, instead of the default
     seeds: tuple[int, ...] = (1, 2, 3)
     growth: tuple[int, ...] = (10_000, 60_000, 600_000)

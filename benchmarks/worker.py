@@ -83,8 +83,6 @@ def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> d
     ``seconds`` and ``tracking`` per epoch, the former with the latter in it (and the first with the trainer's start);
     ``total``, the loop's own seconds; ``test_loss`` in nats per image where asked for.
     """
-    from copy import deepcopy
-
     import torch
 
     from mnist_vae import figures, tracking
@@ -99,7 +97,7 @@ def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> d
         def log_epoch(epoch: Epoch) -> None:
             started = time.perf_counter()
             run.log_metrics({f"train_{name}": value for name, value in epoch.losses.items()}, step=epoch.number)
-            picture = figures.to_uint8(figures.tile(decode(deepcopy(epoch.vae).cpu(), z), 18))
+            picture = figures.to_uint8(figures.tile(decode(epoch.vae, z.to(epoch.vae.device)), 18))
             run.log_image(picture, "samples", step=epoch.number)
             ends.append(time.perf_counter())
             tracked.append(ends[-1] - started)

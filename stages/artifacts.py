@@ -4,8 +4,6 @@ import json
 import uuid
 from pathlib import Path
 
-import pandas as pd
-
 from mnist_vae.data import Dataset, load_dataset
 from mnist_vae.errors import UserError
 
@@ -25,14 +23,6 @@ def read_dataset() -> Dataset:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{ABOUT_DATASET} is missing or damaged; `dvc repro download` makes it again") from error
     return load_dataset(DATASET, name)
-
-
-def read_codes() -> pd.DataFrame:
-    """The posterior means of the test images: columns digit, z0, z1, …"""
-    try:
-        return pd.read_csv(PLOTS / "latents.csv", dtype={"digit": "uint8"})
-    except (OSError, ValueError) as error:
-        raise UserError(f"{PLOTS}/latents.csv is missing or damaged; `dvc repro evaluate` makes it again") from error
 
 
 def read_run_id() -> str:

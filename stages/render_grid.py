@@ -1,15 +1,17 @@
 """render_grid: how does the latent space hang together?   model, codes, grid.* → plots/grid.png, plots/explorer.html"""
 
+import pandas as pd
 import torch
 
 from mnist_vae import figures, tracking
 from mnist_vae.checkpoint import load_checkpoint
+from mnist_vae.errors import UserError
 from mnist_vae.explorer import explorer_html
 from mnist_vae.files import replacing
 from mnist_vae.generation import quantile_grid
 from mnist_vae.params import load_params
 from stages import WORKSPACE
-from stages.artifacts import MODEL, PARAMS, PLOTS, read_codes, read_run_id
+from stages.artifacts import MODEL, PARAMS, PLOTS, read_run_id
 from stages.stage import run_stage
 
 
@@ -33,6 +35,14 @@ def main() -> None:
     )
     run.log_file(PLOTS / "grid.png")
     run.log_file(PLOTS / "explorer.html")
+
+
+def read_codes() -> pd.DataFrame:
+    """The posterior means of the test images: columns digit, z0, z1, …"""
+    try:
+        return pd.read_csv(PLOTS / "latents.csv", dtype={"digit": "uint8"})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{PLOTS}/latents.csv is missing or damaged; `dvc repro evaluate` makes it again") from error
 
 
 if __name__ == "__main__":
