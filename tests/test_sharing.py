@@ -169,4 +169,4 @@ def test_a_colleague_goes_on_from_there_in_a_store_of_their_own(colleague):
     assert instead.data.params["grid.size"] == "4"
     assert instead.data.params["samples.rows"] == "1"
     logged = {path.name for path in (colleague / "mlruns").rglob("*.png")}
-    assert logged == {"grid.png", "samples.png"}
+    assert logged == {"grid.png", "samples.png", "description.png"}
