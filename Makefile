@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint ui plots bench bench-quick verify clean lock
+.PHONY: help setup run test test-fast lint ui plots bench bench-quick verify table clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,7 +29,7 @@ run: $(READY) ## run the pipeline: data, training, evaluation, pictures
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
 test: $(READY) ## run all tests
-	@python -m pytest
+	@python -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: $(READY) ## run the tests that take seconds
 	@python -m pytest -m "not slow"
@@ -52,6 +52,9 @@ bench-quick: $(READY) ## one short round of the same, printed only
 
 verify: $(READY) ## run the pipeline in a fresh clone and compare every artifact with dvc.lock
 	@python -m tools.verify
+
+table: $(READY) ## list the experiments as a narrow table (`dvc exp show` has all columns)
+	@dvc exp show --no-pager --drop '.*' --keep '(nll|elbo|kld|active_units|knn_accuracy|latent_dim)$$'
 
 clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db)
 	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache dvc_plots dvc_plots_diff

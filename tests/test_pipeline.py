@@ -209,3 +209,28 @@ def test_dvc_commands_read_well(pipeline):
     described = run(pipeline, "dvc", "stage", "list").stdout.splitlines()
     assert len(described) == len(STAGES)
     assert all(len(line.split(maxsplit=1)) == 2 and "Outputs" not in line for line in described)
+
+
+def test_black_and_white_results_have_names_of_their_own(pipeline):
+    set_params(pipeline, {"data.binarize": "dynamic", "train.epochs": 1})
+    run(pipeline, "dvc", "repro")
+    metrics = json.loads((pipeline / "metrics/evaluate.json").read_text())
+    assert metrics["binarize"] == "dynamic"
+    assert "nll_dynamic" in metrics
+    assert "nll" not in metrics
+    assert "train_loss_dynamic" in json.loads((pipeline / "metrics/train.json").read_text())
+
+
+def test_one_latent_dimension_runs_through(pipeline):
+    set_params(pipeline, {"model.latent_dim": 1, "train.epochs": 1})
+    run(pipeline, "dvc", "repro")
+    assert json.loads((pipeline / "metrics/evaluate.json").read_text())["nll_method"] == "quadrature"
+    assert "index.html" in run(pipeline, "dvc", "plots", "show").stdout
+
+
+def test_five_latent_dimensions_run_through(pipeline):
+    set_params(pipeline, {"model.latent_dim": 5, "train.epochs": 1})
+    run(pipeline, "dvc", "repro")
+    metrics = json.loads((pipeline / "metrics/evaluate.json").read_text())
+    assert metrics["nll_method"] == "importance sampling, K = 4"
+    assert {f"kld_z{dim}" for dim in range(5)} <= metrics.keys()

@@ -1,5 +1,6 @@
 """Training on a few real images: the optimisation is the one that is meant, and its numbers mean what they say."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -339,3 +340,11 @@ def test_images_stay_bytes_in_memory(images):
 
     assert chunks.images.dtype == torch.uint8
     assert next(iter(chunks)).dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_trains_as_the_plain_one_does(images):
+    plain, compiled = (fit(images, ARCHITECTURE, settings(compile=mode)).losses for mode in ("none", "default"))
+
+    assert compiled == pytest.approx(plain, rel=0.02)
