@@ -42,7 +42,8 @@ ui: $(READY) ## open MLflow's page: http://127.0.0.1:5000
 	@(sleep 5; python -m webbrowser http://127.0.0.1:5000 >/dev/null) & mlflow ui --workers 1
 
 plots: $(READY) ## open the page of charts and pictures
-	@dvc plots show --open
+	@dvc plots show
+	@python -m webbrowser "file://$(CURDIR)/dvc_plots/index.html" >/dev/null || echo "Open that page in a browser."
 
 bench: $(READY) ## measure speed for benchmarks/results.md (the better part of an hour; keep the machine idle)
 	@python -m benchmarks
