@@ -5,6 +5,7 @@ in which DVC runs a queued experiment. Code, parameters and artifacts are those 
 and a relative MNIST_MIRROR are those of the main workspace.
 """
 
+import gc
 import importlib.util
 import os
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 WORKSPACE = Path(os.environ.get("DVC_ROOT", HERE))
+
+gc.set_threshold(1_000_000)  # Half of a short stage is imports, and looking for garbage among them is a third of that.
 
 sys.path.insert(0, str(HERE / "src"))  # the library beside this file, not an installed copy of another version
 

@@ -10,6 +10,7 @@ from mnist_vae import figures, tracking
 from mnist_vae.binarization import binarized, column
 from mnist_vae.checkpoint import load_checkpoint
 from mnist_vae.codes import active_units
+from mnist_vae.cpu import set_up_cpu
 from mnist_vae.data import Dataset
 from mnist_vae.evaluation import Evaluation, evaluate
 from mnist_vae.files import replacing, write_json
@@ -34,7 +35,7 @@ FILES = [
 
 def main() -> None:
     params = load_params(PARAMS)
-    torch.set_num_threads(params.train.threads)
+    set_up_cpu(params.train.threads)
     kind = params.data.binarize
     dataset = binarized(read_dataset(), kind, params.data.binarize_seed)
     vae, _, kld_per_dim = load_checkpoint(MODEL)

@@ -1,10 +1,10 @@
 """render_grid: how does the latent space hang together?   model, codes, grid.* → plots/grid.png, plots/explorer.html"""
 
 import pandas as pd
-import torch
 
 from mnist_vae import figures, tracking
 from mnist_vae.checkpoint import load_checkpoint
+from mnist_vae.cpu import set_up_cpu
 from mnist_vae.errors import UserError
 from mnist_vae.explorer import explorer_html
 from mnist_vae.files import replacing
@@ -17,7 +17,7 @@ from stages.stage import run_stage
 
 def main() -> None:
     params = load_params(PARAMS)
-    torch.set_num_threads(1)
+    set_up_cpu(1)
     vae, dataset, kld_per_dim = load_checkpoint(MODEL)
 
     grid = quantile_grid(vae, params.grid.size, params.grid.quantiles, kld_per_dim)

@@ -1,9 +1,8 @@
 """render_samples: what does the prior look like?   model, samples.* → plots/samples.png"""
 
-import torch
-
 from mnist_vae import figures, tracking
 from mnist_vae.checkpoint import load_checkpoint
+from mnist_vae.cpu import set_up_cpu
 from mnist_vae.generation import decode, prior_draws
 from mnist_vae.params import load_params
 from stages import WORKSPACE
@@ -14,7 +13,7 @@ from stages.stage import run_stage
 def main() -> None:
     params = load_params(PARAMS)
     samples = params.samples
-    torch.set_num_threads(1)
+    set_up_cpu(1)
     vae, dataset, _ = load_checkpoint(MODEL)
 
     z = prior_draws(samples.rows * samples.cols, vae.architecture.latent_dim, samples.seed)

@@ -1,5 +1,6 @@
 """Running a stage: a user's mistake ends it in one line, and any failure leaves the outputs of the last success."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -27,6 +28,8 @@ def run_stage(main: Callable[[], None]) -> None:
     except BaseException:
         restore_outputs()
         raise
+    finally:
+        gc.freeze()  # the interpreter's last look for garbage would take half a second, a moment before all is gone
 
 
 def restore_outputs() -> None:

@@ -10,6 +10,7 @@ import torch
 from mnist_vae import figures, tracking
 from mnist_vae.binarization import Kind, binarized, column
 from mnist_vae.checkpoint import Checkpoint, save_checkpoint
+from mnist_vae.cpu import set_up_cpu
 from mnist_vae.data import Dataset
 from mnist_vae.encoding import encode
 from mnist_vae.files import replacing, write_json
@@ -27,7 +28,7 @@ ROWS, COLS = 4, 18  # of the samples that take shape from epoch to epoch
 
 def main() -> None:
     params = load_params(PARAMS)
-    torch.set_num_threads(params.train.threads)
+    set_up_cpu(params.train.threads)
     dataset = read_dataset()
     about = dataset.about()
     kind, seed = params.data.binarize, params.data.binarize_seed

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
     ("stage", "unneeded"),
     [
         ("download", {"torch", "torchvision", "lightning", "mlflow", "matplotlib", "sklearn", "pandas"}),
-        ("train", {"sklearn"}),
+        ("train", {"sklearn", "torchvision", "scipy.signal"}),
         ("evaluate", {"lightning", "torchvision"}),
         ("render_samples", {"lightning", "torchvision", "sklearn", "scipy.stats"}),
         ("render_grid", {"lightning", "torchvision", "sklearn", "scipy.stats"}),
@@ -23,3 +23,8 @@ def test_a_stage_imports_what_it_uses(stage, unneeded):
     program = f"import sys, stages.{stage}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert unneeded.isdisjoint(loaded.stdout.split())
+
+
+def test_torchvision_is_there_after_lightning_was_imported_without_it():
+    program = "import stages, mnist_vae.training, mnist_vae.mnist, torchvision, scipy.signal"
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)

@@ -11,7 +11,12 @@ BLOCK = 2_000  # images at a time: memory does not grow with their number
 
 def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 images (N, 28, 28) to rows of pixels in [0, 1], (N, 784) float32."""
-    return torch.from_numpy(images).flatten(1).float().div_(255)
+    return to_unit(torch.from_numpy(images).flatten(1))
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 pixels, 0 to 255, to float32 in [0, 1]."""
+    return images.float().div_(255)
 
 
 @torch.inference_mode()

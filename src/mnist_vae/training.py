@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mnist_vae import torchvision_ops  # noqa: F401  before lightning
 from mnist_vae.binarization import binarize
+from mnist_vae.encoding import to_unit
 from mnist_vae.errors import UserError
 from mnist_vae.params import Train
+from mnist_vae.torchmetrics_extras import torchmetrics_without
 from mnist_vae.vae import VAE, Architecture, Loss, negative_elbo
 
-import lightning as L  # isort: skip
-from lightning.pytorch.callbacks import Callback, EarlyStopping  # isort: skip
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # isort: skip
+with torchmetrics_without("torchvision", "scipy"):
+    import lightning as L
+    from lightning.pytorch.callbacks import Callback, EarlyStopping
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 CHUNK = 32  # mini-batches per Lightning step
 VALIDATION_BATCH = 2_000  # images; a constant, so that validation's noise does not depend on batch_size
@@ -63,30 +65,28 @@ class Fit(NamedTuple):
 
 
 class Images:
-    """Images in memory as uint8, given out as float chunks: one epoch per iteration, shuffled where they are.
+    """Images in memory as uint8, given out in chunks: one epoch per iteration, shuffled where they are."""
 
-    With ``redraw``, a generator, each pixel given out is a fresh draw from Bernoulli(pixel).
-    """
-
-    def __init__(self, images: Tensor, chunk_size: int, shuffle: bool, redraw: torch.Generator | None = None) -> None:
-        self.images, self.chunk_size, self.shuffle, self.redraw = images, chunk_size, shuffle, redraw  # (N, D) uint8
+    def __init__(self, images: Tensor, chunk_size: int, shuffle: bool) -> None:
+        self.images, self.chunk_size, self.shuffle = images, chunk_size, shuffle  # (N, D) uint8
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.chunk_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Chunks (≤ chunk_size, D) of pixels in [0, 1]."""
-        for chunk in self._chunks():
-            x = chunk.float().div_(255)
-            yield x if self.redraw is None else torch.bernoulli(x, generator=self.redraw)
-
-    def _chunks(self) -> Iterator[Tensor]:
+        """Chunks (≤ chunk_size, D), uint8."""
         if not self.shuffle:
             yield from self.images.split(self.chunk_size)
             return
         order = torch.randperm(len(self.images), device=self.images.device)
         for index in order.split(self.chunk_size):
             yield self.images[index]
+
+
+def pixels(images: Tensor, redraw: torch.Generator | None = None) -> Tensor:
+    """uint8 images (B, D) as pixels in [0, 1]; with ``redraw`` each is a fresh draw from Bernoulli(pixel)."""
+    gray = to_unit(images)
+    return gray if redraw is None else torch.bernoulli(gray, generator=redraw)
 
 
 class VAETraining(L.LightningModule):
@@ -114,8 +114,8 @@ class VAETraining(L.LightningModule):
         self.history: list[dict[str, float]] = []
 
     def train_dataloader(self) -> Images:
-        chunk_size, redraw = self.settings.batch_size * CHUNK, self._generator(self.redraw_seed)
-        return Images(self.train_images.to(self.device), chunk_size, shuffle=True, redraw=redraw)
+        self.redraw = self._generator(self.redraw_seed)
+        return Images(self.train_images.to(self.device), self.settings.batch_size * CHUNK, shuffle=True)
 
     def val_dataloader(self) -> Images:
         return Images(self.validation_images.to(self.device), VALIDATION_BATCH, shuffle=False)
@@ -150,8 +150,8 @@ class VAETraining(L.LightningModule):
     def training_step(self, chunk: Tensor, index: int) -> None:
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         total = torch.zeros(3, device=self.device)
-        for x in chunk.split(self.settings.batch_size):
-            terms = self.terms(x)
+        for images in chunk.split(self.settings.batch_size):
+            terms = self.terms(pixels(images, self.redraw))
             optimizer.zero_grad()
             self.manual_backward(terms.loss)
             optimizer.step()
@@ -165,8 +165,8 @@ class VAETraining(L.LightningModule):
         # The same noise at every epoch: early stopping must not react to luck.
         self.noise = self._generator(self.settings.seed)
 
-    def validation_step(self, x: Tensor, index: int) -> None:
-        self.val_sums.append(torch.stack(self._terms(x, self.noise)))
+    def validation_step(self, images: Tensor, index: int) -> None:
+        self.val_sums.append(torch.stack(self._terms(pixels(images), self.noise)))
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", per_image(self.val_sums, len(self.validation_images))["loss"])

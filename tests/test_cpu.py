@@ -1,0 +1,41 @@
+"""How torch is set up for the CPU, in a process of its own: the settings are global."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src"
+
+
+def run(program):
+    done = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormal_numbers_count_as_zero_on_every_thread(threads):
+    program = f"""
+import torch
+from mnist_vae.cpu import set_up_cpu
+set_up_cpu({threads})
+denormal = torch.full((1_000_000,), 1e-20)
+print(torch.get_num_threads(), (denormal * 1e-20).count_nonzero().item())
+"""
+    assert run(program) == [str(threads), "0"]
+
+
+def test_the_loss_of_a_sure_pixel_is_unchanged():
+    program = """
+import torch
+from mnist_vae.cpu import set_up_cpu
+from mnist_vae.vae import negative_log_likelihood
+logits, x = torch.linspace(-200, 200, 4_001)[None], torch.ones(1, 4_001)
+before = [negative_log_likelihood(logits, x * pixel) for pixel in (0, 0.5, 1)]
+set_up_cpu(1)
+after = [negative_log_likelihood(logits, x * pixel) for pixel in (0, 0.5, 1)]
+print(all(map(torch.equal, before, after)))
+"""
+    assert run(program) == ["True"]
