@@ -1,6 +1,6 @@
 """The pipeline's five stages, one script each, and the paths that they pass artifacts through.
 
-A stage runs as ``python -m stages.NAME`` from the folder that holds dvc.yaml: the repository, or the copy of it
+A stage runs as ``python -m stages NAME`` from the folder that holds dvc.yaml: the repository, or the copy of it
 in which DVC runs a queued experiment. Code, parameters and artifacts are those of that folder. The MLflow store
 and a relative MNIST_MIRROR are those of the main workspace.
 """
@@ -10,6 +10,8 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+
+STAGES = ("download", "train", "evaluate", "render_samples", "render_grid")
 
 HERE = Path(__file__).resolve().parent.parent
 WORKSPACE = Path(os.environ.get("DVC_ROOT", HERE))

@@ -8,7 +8,6 @@ from mnist_vae.files import write_json
 from mnist_vae.params import Data, load_params
 from stages import WORKSPACE
 from stages.artifacts import ABOUT_DATASET, DATASET, PARAMS
-from stages.stage import run_stage
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,3 @@ def mirror() -> str | None:
     """MNIST_MIRROR: a URL, or a folder, which counts from the main workspace."""
     given = os.environ.get("MNIST_MIRROR") or None
     return given if given is None or "://" in given else str(WORKSPACE / given)
-
-
-if __name__ == "__main__":
-    run_stage(main)

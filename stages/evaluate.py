@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnist_vae import figures, tracking
+from mnist_vae import figures
 from mnist_vae.binarization import binarized, column
 from mnist_vae.checkpoint import load_checkpoint
 from mnist_vae.codes import active_units
@@ -19,9 +19,8 @@ from mnist_vae.params import Params, load_params
 from mnist_vae.provenance import git_state
 from mnist_vae.report import model_card
 from mnist_vae.vae import VAE
-from stages import HERE, WORKSPACE
+from stages import HERE, WORKSPACE, tracker
 from stages.artifacts import METRICS, MODEL, PARAMS, PLOTS, read_dataset, read_run_id
-from stages.stage import run_stage
 
 RECONSTRUCTIONS = 18  # test images shown, evenly spread from the best to the worst
 ELLIPSES = 30  # posteriors drawn in full
@@ -39,6 +38,8 @@ def main() -> None:
     kind = params.data.binarize
     dataset = binarized(read_dataset(), kind, params.data.binarize_seed)
     vae, _, kld_per_dim = load_checkpoint(MODEL)
+    run = tracker.resume_run(WORKSPACE, read_run_id())
+    tracker.load("mnist_vae.serving")  # for register_models, while there is much else to do
 
     evaluation = evaluate(vae, dataset, params.evaluate, params.train.kl_weight)
     metrics = {column(name, kind): value for name, value in evaluation.metrics.items()}
@@ -50,12 +51,11 @@ def main() -> None:
         scratch.write_text(card(params, dataset, vae, evaluation), encoding="utf-8")
     draw(dataset, vae, evaluation, kld_per_dim)
 
-    run = tracking.resume_run(WORKSPACE, read_run_id())
     run.log_params(params.flat("evaluate"))
     run.log_metrics({f"test_{name}": value for name, value in metrics.items()})
     for path in FILES:
         run.log_file(path)
-    champion = tracking.register_models(WORKSPACE, run, MODEL, about, evaluation.metrics["nll"])
+    champion = tracker.register_models(WORKSPACE, MODEL, about, evaluation.metrics["nll"])
     print(f"{dataset.title}, {len(dataset.x_test):,} test images, nats/image: ", end="")
     print("elbo {elbo:.2f} ± {elbo_se:.2f}, nll {nll:.2f} ± {nll_se:.2f}, kld {kld:.2f}".format(**evaluation.metrics))
     if champion:
@@ -111,7 +111,3 @@ def draw(dataset: Dataset, vae: VAE, evaluation: Evaluation, kld_per_dim: list[f
         PLOTS / "traversal.png",
         figures.traversal_figure(traverse(vae, active, TRAVERSAL), TRAVERSAL, active, dataset.title),
     )
-
-
-if __name__ == "__main__":
-    run_stage(main)

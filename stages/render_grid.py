@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from mnist_vae import figures, tracking
+from mnist_vae import figures
 from mnist_vae.checkpoint import load_checkpoint
 from mnist_vae.cpu import set_up_cpu
 from mnist_vae.errors import UserError
@@ -10,9 +10,8 @@ from mnist_vae.explorer import explorer_html
 from mnist_vae.files import replacing
 from mnist_vae.generation import quantile_grid
 from mnist_vae.params import load_params
-from stages import WORKSPACE
+from stages import WORKSPACE, tracker
 from stages.artifacts import MODEL, PARAMS, PLOTS, read_run_id
-from stages.stage import run_stage
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     with replacing(PLOTS / "explorer.html") as scratch:
         scratch.write_text(page, encoding="utf-8")
 
-    run = tracking.resume_run(WORKSPACE, read_run_id())
+    run = tracker.resume_run(WORKSPACE, read_run_id())
     run.log_params(params.flat("grid"))
     run.describe(
         f"VAE of {dataset} with {vae.architecture.latent_dim} latent dimensions",
@@ -43,7 +42,3 @@ def read_codes() -> pd.DataFrame:
         return pd.read_csv(PLOTS / "latents.csv", dtype={"digit": "uint8"})
     except (OSError, ValueError) as error:
         raise UserError(f"{PLOTS}/latents.csv is missing or damaged; `dvc repro evaluate` makes it again") from error
-
-
-if __name__ == "__main__":
-    run_stage(main)

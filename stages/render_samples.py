@@ -1,13 +1,12 @@
 """render_samples: what does the prior look like?   model, samples.* → plots/samples.png"""
 
-from mnist_vae import figures, tracking
+from mnist_vae import figures
 from mnist_vae.checkpoint import load_checkpoint
 from mnist_vae.cpu import set_up_cpu
 from mnist_vae.generation import decode, prior_draws
 from mnist_vae.params import load_params
-from stages import WORKSPACE
+from stages import WORKSPACE, tracker
 from stages.artifacts import MODEL, PARAMS, PLOTS, read_run_id
-from stages.stage import run_stage
 
 
 def main() -> None:
@@ -20,10 +19,6 @@ def main() -> None:
     figure = figures.samples_figure(decode(vae, z), samples.cols, dataset)
     figures.save_png(PLOTS / "samples.png", figure)
 
-    run = tracking.resume_run(WORKSPACE, read_run_id())
+    run = tracker.resume_run(WORKSPACE, read_run_id())
     run.log_params(params.flat("samples"))
     run.log_file(PLOTS / "samples.png")
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -2,23 +2,22 @@
 
 import gc
 import hashlib
+import importlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from mnist_vae.errors import UserError
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Call ``main`` and leave the process with status 0, 1 for a failure, 130 for Ctrl-C."""
-    name = os.environ.get("DVC_STAGE") or Path(sys.argv[0]).stem
+def run_stage(name: str) -> None:
+    """Call the ``main`` of stages/NAME.py and leave the process with status 0, 1 for a failure, 130 for Ctrl-C."""
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        main()
+        importlib.import_module(f"stages.{name}").main()
     except UserError as error:
         restore_outputs()
         sys.exit("\n".join(f"{name}: {line}" for line in str(error).splitlines()))

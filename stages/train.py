@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mnist_vae import figures, tracking
+from mnist_vae import figures
 from mnist_vae.binarization import Kind, binarized, column
 from mnist_vae.checkpoint import Checkpoint, save_checkpoint
 from mnist_vae.cpu import set_up_cpu
@@ -19,9 +19,8 @@ from mnist_vae.params import Params, load_params
 from mnist_vae.provenance import git_state
 from mnist_vae.training import Epoch, Losses, fit, in_words
 from mnist_vae.vae import Architecture
-from stages import HERE, WORKSPACE
+from stages import HERE, WORKSPACE, tracker
 from stages.artifacts import METRICS, MODEL, PARAMS, PLOTS, RUN_ID, read_dataset
-from stages.stage import run_stage
 
 ROWS, COLS = 4, 18  # of the samples that take shape from epoch to epoch
 
@@ -37,7 +36,7 @@ def main() -> None:
     architecture = Architecture(params.model.hidden_dim, params.model.latent_dim)
     z = prior_draws(ROWS * COLS, architecture.latent_dim, params.train.seed)  # the same at every epoch
 
-    with tracking.start_run(WORKSPACE, run_name(params, dataset), run_tags(params, about)) as run:
+    with tracker.start_run(WORKSPACE, run_name(params, dataset), run_tags(params, about)) as run:
         run.log_params(params.flat("data", "model", "train"))
         run.log_dataset(about)
 
@@ -98,7 +97,3 @@ def run_tags(params: Params, about: dict[str, Any]) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         **({"dvc_experiment": os.environ["DVC_EXP_NAME"]} if os.environ.get("DVC_EXP_NAME") else {}),
     }
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -150,7 +150,7 @@ def test_a_foreign_model_is_one_line_and_loses_nothing(pipeline):
     model.unlink()
     torch.save({"weights": {}}, model)
     before = contents(pipeline)
-    failed = run(pipeline, sys.executable, "-m", "stages.evaluate", check=False)
+    failed = run(pipeline, sys.executable, "-m", "stages", "evaluate", check=False)
     assert failed.returncode == 1
     assert "models/vae.pt is a torch file, but no model of this project" in failed.stderr
     assert "Traceback" not in failed.stderr

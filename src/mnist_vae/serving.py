@@ -4,6 +4,7 @@ This file and those it imports are packed with each registered model, which MLfl
 a checkpoint of plain types and tensors, so that loading unpickles nothing. Nothing here knows MLflow.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,11 @@ def load(path: Path, part: str) -> Decoder | Encoder:
 def tensor(array: np.ndarray) -> Tensor:
     """A float32 tensor of its own memory: arrays out of a request may be read-only."""
     return torch.tensor(array, dtype=torch.float32)
+
+
+def content_sha256(path: Path) -> str:
+    """Of a checkpoint and the code that is packed with it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (path, *PACKED))).hexdigest()
 
 
 def _load_pyfunc(path: str, config: dict[str, str]) -> Decoder | Encoder:

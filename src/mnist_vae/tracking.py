@@ -3,7 +3,6 @@
 To the run belong the decoder and the encoder that a server answers with, registered with the best one as champion.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from mnist_vae import serving
 from mnist_vae.errors import UserError
 
 # Read while mlflow is imported.
@@ -30,7 +28,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 
 EXPERIMENT = "mnist-vae"
-REGISTERED = {part: f"{EXPERIMENT}-{part}" for part in serving.SERVED}  # the names that models are registered by
+REGISTERED = {part: f"{EXPERIMENT}-{part}" for part in ("decoder", "encoder")}  # the names that models go by
 CHAMPION = "champion"  # alias: the version to serve
 REPLACES = "replaces_run"  # tag: the id of a run that this store does not know
 
@@ -82,7 +80,7 @@ class Run:
 @contextmanager
 def start_run(workspace: Path, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
     """A new run, marked finished at a clean exit, failed or killed otherwise."""
-    client, experiment = _open_store(workspace)
+    client, experiment = open_store(workspace)
     with _friendly(client):
         run = Run(client, client.create_run(experiment, run_name=name).info.run_id)
         run.set_tags(tags)
@@ -103,7 +101,7 @@ def resume_run(workspace: Path, run_id: str) -> Run:
     A store that does not know it (a clone with pulled artifacts) or has deleted it gets one run in its place,
     tagged with the old id; every later call finds that one.
     """
-    client, experiment = _open_store(workspace)
+    client, experiment = open_store(workspace)
     with _friendly(client):
         try:
             if client.get_run(run_id).info.lifecycle_stage == "active":
@@ -128,9 +126,11 @@ def register_models(workspace: Path, run: Run, path: Path, measured_on: Mapping[
     same: ``measured_on`` (data set, digest, binarisation) is equal. Other champions stay. A run's model is registered
     once; measured again, its versions get the new numbers. Processes of one workspace take turns.
     """
+    from mnist_vae import serving  # which needs torch; a stage without a model to register does not wait for it
+
     about = {name: str(value) for name, value in measured_on.items()}
     with _friendly(run.client), _lock(workspace):
-        tags = {**about, "nll": repr(nll), "content_sha256": _content_sha256(path)}
+        tags = {**about, "nll": repr(nll), "content_sha256": serving.content_sha256(path)}
         versions = {part: _registered_version(run, path, part, tags) for part in REGISTERED}
         if not all(_beaten(run.client, part, versions[part], about, nll) for part in REGISTERED):
             return False
@@ -150,6 +150,8 @@ def _beaten(client: MlflowClient, part: str, challenger: str, about: Mapping[str
 
 def _registered_version(run: Run, path: Path, part: str, tags: Mapping[str, str]) -> str:
     """The version that holds this part of this run's model, made where there is none; tagged with ``tags``."""
+    from mnist_vae import serving
+
     client, name = run.client, REGISTERED[part]
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=serving.SERVED[part].__doc__)
@@ -166,6 +168,8 @@ def _registered_version(run: Run, path: Path, part: str, tags: Mapping[str, str]
 
 def _log_model(run: Run, path: Path, part: str) -> LoggedModel:
     """Log a part of a checkpoint with the code that serves it; loading it unpickles nothing."""
+    from mnist_vae import serving
+
     client, served = run.client, serving.load(path, part)
     example = served.example()
     model = client.create_logged_model(client.get_run(run.id).info.experiment_id, part, source_run_id=run.id)
@@ -192,12 +196,7 @@ def _log_model(run: Run, path: Path, part: str) -> LoggedModel:
     return model
 
 
-def _content_sha256(path: Path) -> str:
-    """Of a checkpoint and the code that is packed with it."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in (path, *serving.PACKED))).hexdigest()
-
-
-def _open_store(workspace: Path) -> tuple[MlflowClient, str]:
+def open_store(workspace: Path) -> tuple[MlflowClient, str]:
     """The store and the experiment's id: MLFLOW_TRACKING_URI, or mlflow.db and mlruns/ in ``workspace``."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace / 'mlflow.db'}"
     # An artifact location is fixed when the experiment is made, and relative ones follow the current folder.

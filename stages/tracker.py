@@ -1,0 +1,126 @@
+"""MLflow in a process of its own, beside the stage.
+
+MLflow with its store takes longer to load than a picture to draw. So another process loads them while the stage loads
+torch and works. It then does what ``mnist_vae.tracking`` offers, under the same names: one call at a time, each
+awaited, and what a call raises there is raised here.
+"""
+
+import atexit
+import gc
+import importlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+from mnist_vae.errors import UserError
+
+
+class Run:
+    """The run that the other process has open, with the methods of ``tracking.Run``."""
+
+    def __init__(self, run_id: str) -> None:
+        self.id = run_id
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return partial(beside, _on_run, method)
+
+
+def start(workspace: Path) -> None:
+    """Start the other process and have it open the store; returns at once."""
+    _pool.submit(_open, workspace)
+
+
+def load(module: str) -> None:
+    """Have the other process import a module; returns at once."""
+    _pool.submit(importlib.import_module, module)
+
+
+@contextmanager
+def start_run(workspace: Path, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+    """``tracking.start_run``: a new run, marked finished at a clean exit, failed or killed otherwise."""
+    run = Run(beside(_start, workspace, name, tags))
+    try:
+        yield run
+    except BaseException as error:
+        beside(_end, KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else Exception)
+        raise
+    beside(_end, None)
+
+
+def resume_run(workspace: Path, run_id: str) -> Run:
+    """``tracking.resume_run``: the run of this id, for more to be logged."""
+    return Run(beside(_resume, workspace, run_id))
+
+
+def register_models(workspace: Path, path: Path, measured_on: Mapping[str, Any], nll: float) -> bool:
+    """``tracking.register_models`` for the run that is open: whether its models are the champions now."""
+    return beside(_register, workspace, path, measured_on, nll)
+
+
+def beside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function in the other process and wait for its result."""
+    return _pool.submit(function, *args, **kwargs).result()
+
+
+# From here on: in the other process, which has one run open.
+
+_run: Any = None
+_context = ExitStack()
+
+
+def _settle_in() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage, which then says how the run ended
+    threading.Thread(target=_leave_with_the_stage, daemon=True).start()
+    atexit.register(gc.freeze)  # as in stage.py
+
+
+def _leave_with_the_stage() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _open(workspace: Path) -> None:
+    from mnist_vae import tracking
+
+    with suppress(UserError):  # the first call that needs the store says so
+        tracking.open_store(workspace)
+
+
+def _start(workspace: Path, name: str, tags: Mapping[str, Any]) -> str:
+    from mnist_vae import tracking
+
+    global _run
+    _run = _context.enter_context(tracking.start_run(workspace, name, tags))
+    return _run.id
+
+
+def _end(error: type[BaseException] | None) -> None:
+    _context.__exit__(error, error and error(), None)
+
+
+def _resume(workspace: Path, run_id: str) -> str:
+    from mnist_vae import tracking
+
+    global _run
+    _run = tracking.resume_run(workspace, run_id)
+    return _run.id
+
+
+def _register(workspace: Path, *args: Any) -> bool:
+    from mnist_vae import tracking
+
+    return tracking.register_models(workspace, _run, *args)
+
+
+def _on_run(method: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(_run, method)(*args, **kwargs)
+
+
+_pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_settle_in)
