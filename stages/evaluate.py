@@ -39,7 +39,7 @@ def main() -> None:
     dataset = binarized(read_dataset(), kind, params.data.binarize_seed)
     vae, _, kld_per_dim = load_checkpoint(MODEL)
     run = tracker.resume_run(WORKSPACE, read_run_id())
-    tracker.load("mnist_vae.serving")  # for register_models, while there is much else to do
+    tracker.expect_models()
 
     evaluation = evaluate(vae, dataset, params.evaluate, params.train.kl_weight)
     metrics = {column(name, kind): value for name, value in evaluation.metrics.items()}

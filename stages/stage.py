@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mnist_vae.errors import UserError
+from stages import tracker
 
 
 def run_stage(name: str) -> None:
@@ -18,6 +19,7 @@ def run_stage(name: str) -> None:
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
         importlib.import_module(f"stages.{name}").main()
+        tracker.settle()
     except UserError as error:
         restore_outputs()
         sys.exit("\n".join(f"{name}: {line}" for line in str(error).splitlines()))

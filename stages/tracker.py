@@ -1,18 +1,17 @@
 """MLflow in a process of its own, beside the stage.
 
 MLflow with its store takes longer to load than a picture to draw. So another process loads them while the stage loads
-torch and works. It then does what ``mnist_vae.tracking`` offers, under the same names: one call at a time, each
-awaited, and what a call raises there is raised here.
+torch and works, and does what ``mnist_vae.tracking`` offers, under the same names. Calls are done in their order while
+the stage goes on; what one of them raises is raised by a later call, or by ``settle`` at the stage's end.
 """
 
 import atexit
 import gc
-import importlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -25,48 +24,64 @@ from mnist_vae.errors import UserError
 class Run:
     """The run that the other process has open, with the methods of ``tracking.Run``."""
 
-    def __init__(self, run_id: str) -> None:
-        self.id = run_id
+    def __init__(self, run_id: Future) -> None:
+        self._id = run_id
+
+    @property
+    def id(self) -> str:
+        """Waits until the run is there."""
+        return self._id.result()
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
-        return partial(beside, _on_run, method)
+        return partial(_beside, _on_run, method)
 
 
 def start(workspace: Path) -> None:
-    """Start the other process and have it open the store; returns at once."""
-    _pool.submit(_open, workspace)
+    """Start the other process and have it open the store."""
+    _beside(_open, workspace)
 
 
-def load(module: str) -> None:
-    """Have the other process import a module; returns at once."""
-    _pool.submit(importlib.import_module, module)
+def expect_models() -> None:
+    """Have the other process load what ``register_models`` will need: torch, which no other call does."""
+    _beside(_load_serving)
 
 
 @contextmanager
 def start_run(workspace: Path, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
     """``tracking.start_run``: a new run, marked finished at a clean exit, failed or killed otherwise."""
-    run = Run(beside(_start, workspace, name, tags))
+    run = Run(_beside(_start, workspace, name, tags))
     try:
         yield run
+        settle()
     except BaseException as error:
-        beside(_end, KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else Exception)
+        _pool.submit(_end, KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else Exception)
         raise
-    beside(_end, None)
+    _beside(_end, None)
 
 
 def resume_run(workspace: Path, run_id: str) -> Run:
     """``tracking.resume_run``: the run of this id, for more to be logged."""
-    return Run(beside(_resume, workspace, run_id))
+    return Run(_beside(_resume, workspace, run_id))
 
 
 def register_models(workspace: Path, path: Path, measured_on: Mapping[str, Any], nll: float) -> bool:
-    """``tracking.register_models`` for the run that is open: whether its models are the champions now."""
-    return beside(_register, workspace, path, measured_on, nll)
+    """``tracking.register_models`` for the run that is open; waits to say whether its models are the champions now."""
+    registered = _beside(_register, workspace, path, measured_on, nll)
+    settle()
+    return registered.result()
 
 
-def beside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function in the other process and wait for its result."""
-    return _pool.submit(function, *args, **kwargs).result()
+def settle() -> None:
+    """Wait until all calls are done, and raise what the first that failed has raised."""
+    while _calls:
+        _calls.pop(0).result()
+
+
+def _beside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
+    while _calls and _calls[0].done():
+        _calls.pop(0).result()
+    _calls.append(_pool.submit(function, *args, **kwargs))
+    return _calls[-1]
 
 
 # From here on: in the other process, which has one run open.
@@ -91,6 +106,10 @@ def _open(workspace: Path) -> None:
 
     with suppress(UserError):  # the first call that needs the store says so
         tracking.open_store(workspace)
+
+
+def _load_serving() -> None:
+    from mnist_vae import serving  # noqa: F401
 
 
 def _start(workspace: Path, name: str, tags: Mapping[str, Any]) -> str:
@@ -119,8 +138,9 @@ def _register(workspace: Path, *args: Any) -> bool:
     return tracking.register_models(workspace, _run, *args)
 
 
-def _on_run(method: str, *args: Any, **kwargs: Any) -> Any:
-    return getattr(_run, method)(*args, **kwargs)
+def _on_run(method: str, *args: Any, **kwargs: Any) -> None:
+    getattr(_run, method)(*args, **kwargs)
 
 
 _pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_settle_in)
+_calls: list[Future] = []  # in their order; those before have succeeded

@@ -4,7 +4,6 @@ import os
 import platform
 from typing import Any
 
-import pandas as pd
 import torch
 
 from mnist_vae import figures
@@ -13,7 +12,7 @@ from mnist_vae.checkpoint import Checkpoint, save_checkpoint
 from mnist_vae.cpu import set_up_cpu
 from mnist_vae.data import Dataset
 from mnist_vae.encoding import encode
-from mnist_vae.files import replacing, write_json
+from mnist_vae.files import replacing, write_csv, write_json
 from mnist_vae.generation import decode, prior_draws
 from mnist_vae.params import Params, load_params
 from mnist_vae.provenance import git_state
@@ -53,10 +52,9 @@ def main() -> None:
 
         kld_per_dim = encode(trained.vae, measured.x_train).kld().double().mean(dim=0).tolist()
         save_checkpoint(MODEL, Checkpoint(trained.vae, measured.title, kld_per_dim))
-        history = pd.DataFrame(trained.history).assign(binarize=kind)
-        with replacing(PLOTS / "losses.csv") as scratch:
-            history.to_csv(scratch, index=False)
-        figures.save_png(PLOTS / "losses.png", figures.losses_figure(history.to_dict("list"), measured.title))
+        write_csv(PLOTS / "losses.csv", [{**epoch, "binarize": kind} for epoch in trained.history])
+        columns = {name: [epoch[name] for epoch in trained.history] for name in trained.history[0]}
+        figures.save_png(PLOTS / "losses.png", figures.losses_figure(columns, measured.title))
         epochs, losses = trained.epochs, trained.losses
         about_losses = {"dataset": dataset.name, "binarize": kind, "epochs": epochs}
         write_json(METRICS / "train.json", {**about_losses, **stored(losses, kind)})

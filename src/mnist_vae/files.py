@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, so that a failure leaves what was there before."""
 
+import csv
 import json
 import tempfile
 from collections.abc import Iterator
@@ -23,3 +24,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` as indented JSON."""
     with replacing(path) as scratch:
         scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of equal keys under a line with those keys."""
+    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
