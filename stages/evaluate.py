@@ -49,16 +49,16 @@ def main() -> None:
     write_json(METRICS / "evaluate.json", {**about, **metrics})
     with replacing(METRICS / "report.md") as scratch:
         scratch.write_text(card(params, dataset, vae, evaluation), encoding="utf-8")
-    draw(dataset, vae, evaluation, kld_per_dim)
-
     run.log_params(params.flat("evaluate"))
     run.log_metrics({f"test_{name}": value for name, value in metrics.items()})
+    champion = tracker.register_models(WORKSPACE, MODEL, about, evaluation.metrics["nll"])
+    draw(dataset, vae, evaluation, kld_per_dim)
     for path in FILES:
         run.log_file(path)
-    champion = tracker.register_models(WORKSPACE, MODEL, about, evaluation.metrics["nll"])
+
     print(f"{dataset.title}, {len(dataset.x_test):,} test images, nats/image: ", end="")
     print("elbo {elbo:.2f} ± {elbo_se:.2f}, nll {nll:.2f} ± {nll_se:.2f}, kld {kld:.2f}".format(**evaluation.metrics))
-    if champion:
+    if champion.result():
         print("champion: `mlflow models serve -m models:/mnist-vae-decoder@champion` answers with this model")
 
 

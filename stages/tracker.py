@@ -6,7 +6,6 @@ the stage goes on; what one of them raises is raised by a later call, or by ``se
 """
 
 import atexit
-import gc
 import os
 import signal
 import threading
@@ -64,11 +63,9 @@ def resume_run(workspace: Path, run_id: str) -> Run:
     return Run(_beside(_resume, workspace, run_id))
 
 
-def register_models(workspace: Path, path: Path, measured_on: Mapping[str, Any], nll: float) -> bool:
-    """``tracking.register_models`` for the run that is open; waits to say whether its models are the champions now."""
-    registered = _beside(_register, workspace, path, measured_on, nll)
-    settle()
-    return registered.result()
+def register_models(workspace: Path, path: Path, measured_on: Mapping[str, Any], nll: float) -> Future:
+    """``tracking.register_models`` for the run that is open; the result is whether its models are the champions now."""
+    return _beside(_register, workspace, path, measured_on, nll)
 
 
 def settle() -> None:
@@ -93,7 +90,7 @@ _context = ExitStack()
 def _settle_in() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage, which then says how the run ended
     threading.Thread(target=_leave_with_the_stage, daemon=True).start()
-    atexit.register(gc.freeze)  # as in stage.py
+    atexit.register(os._exit, 0)  # all that was asked for is done by then, and tearing down would take a while
 
 
 def _leave_with_the_stage() -> None:
