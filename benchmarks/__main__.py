@@ -12,6 +12,7 @@ from benchmarks.questions import FULL, QUESTIONS, QUICK, Bench, answer
 from benchmarks.table import machine, render
 
 RESULTS = Path(__file__).with_name("results.md")
+PARTIAL = Path(__file__).with_name("results.partial.md")  # what there is so far, in case the run does not end
 
 
 def main() -> None:
@@ -30,17 +31,20 @@ def main() -> None:
             sys.exit(
                 f"benchmarks: they need MNIST (see MNIST_MIRROR in README.md), and its preparation failed.\n{error}"
             )
-        sections = answer(Bench(Path(folder), QUICK if arguments.quick else FULL), arguments.only or list(QUESTIONS))
-    lines.append(f"Duration: {(time.perf_counter() - started) / 60:.0f} minutes")
-    if arguments.quick:
-        lines.append(
-            "QUICK: one round on a fraction of the images and epochs. The limits are not meant for these numbers."
-        )
-
-    text = render(sections, lines)
+        if arguments.quick:
+            lines.append(
+                "QUICK: one round on a fraction of the images and epochs. The limits are not meant for these numbers."
+            )
+        names, sections = arguments.only or list(QUESTIONS), []
+        for section in answer(Bench(Path(folder), QUICK if arguments.quick else FULL), names):
+            sections.append(section)
+            duration = f"Duration: {(time.perf_counter() - started) / 60:.0f} minutes"
+            text = render(sections, [*lines, duration])
+            if whole := not arguments.quick and not arguments.only:
+                PARTIAL.write_text(text, encoding="utf-8")
     print(text)
-    if not arguments.quick and not arguments.only:
-        RESULTS.write_text(text, encoding="utf-8")
+    if whole:
+        PARTIAL.replace(RESULTS)
         print(f"Written to {RESULTS.relative_to(ROOT)}.", file=sys.stderr)
     sys.exit(any(section.failure for section in sections))
 

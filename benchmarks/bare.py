@@ -1,7 +1,8 @@
 """The bare loop: the pipeline's model, optimiser and batch size in plain torch, images in memory, nothing around it.
 
-As fast as the common practice makes it: logits loss, fused Adam, a batch by one indexing of a uint8 tensor. It shares
-no code with the library, so that what the library costs cannot hide on both sides.
+As fast as the common practice makes it: logits loss, fused Adam, a batch by one indexing of a uint8 tensor; and faster,
+since the worker has denormal numbers count as zero here as for the pipeline (mnist_vae/cpu.py). Otherwise it shares no
+code with the library, so that what the library costs cannot hide on both sides.
 """
 
 import time

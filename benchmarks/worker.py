@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -83,7 +84,6 @@ def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> d
     ``seconds`` and ``tracking`` per epoch, the former with the latter in it (and the first with the trainer's start);
     ``total``, the loop's own seconds; ``test_loss`` in nats per image where asked for.
     """
-    import torch
 
     from mnist_vae import figures, tracking
     from mnist_vae.generation import decode, prior_draws
@@ -107,9 +107,10 @@ def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> d
     seconds = [end - start for start, end in zip([started, *ends], ends, strict=False)]
     result = {"seconds": seconds, "tracking": tracked, "total": trained.seconds, "data_bytes": x_train.nbytes}
     if test:
+        from mnist_vae.cpu import set_up_cpu
         from mnist_vae.evaluation import encode, sampled_bce, summarise_elbo, to_tensor
 
-        torch.set_num_threads(1)
+        set_up_cpu(1)
         x_test, evaluation = dataset().x_test, parameters().evaluate
         posterior = encode(trained.vae, x_test)
         bce = sampled_bce(trained.vae, to_tensor(x_test), posterior, evaluation.draws, evaluation.seed)
@@ -143,15 +144,18 @@ def stage(name: str, clone: str) -> dict[str, Any]:
     accounts.book_imports()
     os.chdir(clone)
     sys.path.insert(0, clone)  # its stages and, by them, its library
+    from stages import WORKSPACE, tracker
+
+    accounts.book_calls("tracking", tracker, ["start", "settle", "_beside"])
+    accounts.book_calls("tracking", Future, ["result"])
+    if name != "download":  # as in stages/__main__.py
+        tracker.start(WORKSPACE)
     module = importlib.import_module(f"stages.{name}")
     source = Path(inspect.getfile(module))
     if not source.is_relative_to(clone):
         raise RuntimeError(f"{source} is not that of {clone}")
-    if tracking := getattr(module, "tracking", None):
-        for owner in (tracking.Run, tracking.MlflowClient):
-            methods = [attribute for attribute, member in vars(owner).items() if inspect.isfunction(member)]
-            accounts.book_calls("tracking", owner, methods)
     module.main()
+    tracker.settle()
     return {"imports": 0.0, "tracking": 0.0, "compute": 0.0, **accounts.close()}
 
 
@@ -226,12 +230,14 @@ def main() -> None:
         os.sched_setaffinity(0, cpus)
     threads = arguments.pop("threads")
     with contextlib.redirect_stdout(sys.stderr):  # progress bars; stdout is for the result
-        if task != "stage":  # which sets its own, and whose imports are measured
+        if "notebook" in task:
             import torch
 
-            from mnist_vae import torchvision_ops  # noqa: F401  before lightning and torchvision
-
             torch.set_num_threads(threads)
+        elif task != "stage":  # which sets its own, and whose imports are measured
+            from mnist_vae.cpu import set_up_cpu
+
+            set_up_cpu(threads)
         result = TASKS[task](**arguments)
     print(json.dumps({**result, "peak_bytes": peak_bytes()}))
 

@@ -126,7 +126,7 @@ def test_one_failed_question_does_not_lose_the_others(monkeypatch):
     monkeypatch.setitem(QUESTIONS, "gpu", fails)
     monkeypatch.setitem(QUESTIONS, "threads", lambda bench: Section("Threads", "How."))
 
-    sections = answer(None, ["gpu", "threads"])
+    sections = list(answer(None, ["gpu", "threads"]))
 
     assert [section.title for section in sections] == ["gpu", "Threads"]
     assert re.search(r"\| gpu \| could not be measured .*does not hold", render(sections, []))
