@@ -31,7 +31,7 @@ class Effort:
     """How much is measured."""
 
     rounds: int = 3
-    long_rounds: int = 2  # of what takes minutes
+    long_rounds: int = 3  # of what takes minutes
     images: int = IMAGES  # trained on where epochs are timed
     epochs: int = 1  # timed, after the warm-up
     whole_epochs: int | None = None  # of the whole pipeline and the whole notebook, instead of the default
