@@ -183,3 +183,22 @@ def test_the_stages_are_those_of_dvc_yaml():
 def test_quick_is_less_than_full():
     assert QUICK.rounds < FULL.rounds
     assert QUICK.images < FULL.images
+
+
+# what the README says of it
+
+
+def section(title):
+    return (ROOT / "README.md").read_text().split(f"\n{title}\n")[1].split("\n#")[0]
+
+
+def test_readmes_ratios_are_those_of_the_last_benchmark():
+    results = (ROOT / "benchmarks/results.md").read_text()
+    rows = [line for line in section("## Speed").splitlines() if line.startswith("| ")]
+    assert len(rows) == 7  # a heading, a rule, and five ratios
+    assert all(row in results for row in rows)
+
+
+def test_readmes_line_for_those_in_a_hurry_is_the_one_that_is_measured():
+    told = re.findall(r"-S train\.(\w+)=(\S+)", section("### In a hurry"))
+    assert told == [(name, str(value)) for name, value in FAST.items()]
