@@ -55,7 +55,7 @@ verify: $(READY) ## run the pipeline in a fresh clone and compare every artifact
 	@python -m tools.verify
 
 table: $(READY) ## list the experiments as a narrow table (`dvc exp show` has all columns)
-	@dvc exp show --no-pager --drop '.*' --keep '(nll|elbo|kld|active_units|knn_accuracy|latent_dim)$$'
+	@dvc exp show --no-pager --drop '.*' --keep 'Experiment|model.latent_dim|(nll|elbo|kld|active_units|knn_accuracy)$$'
 
 clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db)
 	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache dvc_plots dvc_plots_diff

@@ -134,6 +134,11 @@ def test_exp_show_has_a_row_for_each(swept):
     assert rows["elbo"].to_dict() == pytest.approx(stored)
 
 
+def test_the_narrow_table_tells_them_apart(swept):
+    table = run(swept, "make", "--assume-old=.venv/ready", "table", env={"COLUMNS": "200"}).stdout
+    assert all(re.search(rf"\[{name}\].* {latent_dim}\s*$", table, re.M) for name, latent_dim in EXPERIMENTS.items())
+
+
 def test_exp_diff_tells_two_apart(swept):
     difference = run(swept, "dvc", "exp", "diff", "sweep-1", "sweep-2").stdout
     assert re.search(r"metrics/evaluate\.json\s+elbo\s", difference)

@@ -1,8 +1,8 @@
 """Training: a LightningModule and a Trainer around vae.py.
 
-Lightning's bookkeeping for one step is not small beside a step of this small model. So what Lightning sees as one step is a
-chunk of CHUNK mini-batches, each with an optimiser step of its own (manual optimisation). The images stay in memory as
-uint8, on the device that trains.
+Lightning's bookkeeping for one step is not small beside a step of this small model. So what Lightning sees as one step
+is a chunk of CHUNK mini-batches, each with an optimiser step of its own (manual optimisation). The images stay in
+memory as uint8, on the device that trains.
 """
 
 import logging
