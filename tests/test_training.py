@@ -268,6 +268,14 @@ def test_holding_out_all_images_is_refused(images, size):
         fit(images, ARCHITECTURE, settings(validation_size=size))
 
 
+def test_ctrl_c_stays_what_it_is(images):
+    def interrupt(epoch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(images, ARCHITECTURE, settings(), on_epoch=interrupt)
+
+
 # chunks
 
 

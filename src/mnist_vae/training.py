@@ -291,7 +291,12 @@ def fit(
     except (MisconfigurationException, RuntimeError) as error:
         raise UserError(f"params.yaml: train.accelerator is {settings.accelerator!r}: {error}") from error
     started = time.perf_counter()
-    trainer.fit(module)
+    try:
+        trainer.fit(module)
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
     seconds = time.perf_counter() - started
     weights = torch.nn.utils.parameters_to_vector(module.vae.parameters())
     if not (weights.isfinite().all() and all(math.isfinite(value) for value in module.history[-1].values())):
