@@ -81,7 +81,7 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 def machine(root: Path) -> list[str]:
     """Where and when this was measured, with what, of which code; call it before the measurements begin."""
-    from mnist_vae.provenance import git_state
+    from mnist_vae.tracking.provenance import git_state
 
     git = git_state(root)
     state = {"true": ", with uncommitted changes", "false": ", without uncommitted changes"}

@@ -31,20 +31,20 @@ def prepare() -> dict[str, Any]:
         UserError: MNIST is not to be had. Nothing else is measured in its place.
     """
     from benchmarks.notebook import fetch_mnist
-    from mnist_vae.data import save_dataset
-    from mnist_vae.mnist import download_mnist
+    from mnist_vae.data.dataset import save_dataset
+    from mnist_vae.sources.mnist import download_mnist
 
     mirror = os.environ.get("MNIST_MIRROR")
     dataset = download_mnist(mirror)
     save_dataset(DATASET, dataset)
     fetch_mnist(mirror)
 
-    from mnist_vae.checkpoint import Checkpoint, save_checkpoint
-    from mnist_vae.training import fit
-    from mnist_vae.vae import Architecture
+    from mnist_vae.model.model_file import Checkpoint, save_model
+    from mnist_vae.training.fit import fit
+    from mnist_vae.model.vae import VAEConfig
 
     quick = settings(epochs=1, batch_size=256, learning_rate=5e-3, schedule="one_cycle", accelerator="cpu")
-    save_checkpoint(TRAINED, Checkpoint(fit(dataset.x_train, Architecture(), quick).vae, dataset.name, []))
+    save_model(TRAINED, Checkpoint(fit(dataset.x_train, VAEConfig(), quick).vae, dataset.name, []))
     return {}
 
 
@@ -85,10 +85,10 @@ def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> d
     ``total``, the loop's own seconds; ``test_loss`` in nats per image where asked for.
     """
 
-    from mnist_vae import figures, tracking
-    from mnist_vae.generation import decode, prior_draws
-    from mnist_vae.training import Epoch, fit
-    from mnist_vae.vae import Architecture
+    from mnist_vae.pictures import figures, tracking
+    from mnist_vae.model.latent import decode, prior_draws
+    from mnist_vae.training.fit import Epoch, fit
+    from mnist_vae.model.vae import VAEConfig
 
     train, x_train = settings(**{"accelerator": "cpu", **changes}), training_images(images)
     z, ends, tracked = prior_draws(4 * 18, 2, train.seed), [], []
@@ -103,12 +103,12 @@ def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> d
             tracked.append(ends[-1] - started)
 
         started = time.perf_counter()
-        trained = fit(x_train, Architecture(), train, log_epoch)
+        trained = fit(x_train, VAEConfig(), train, log_epoch)
     seconds = [end - start for start, end in zip([started, *ends], ends, strict=False)]
     result = {"seconds": seconds, "tracking": tracked, "total": trained.seconds, "data_bytes": x_train.nbytes}
     if test:
-        from mnist_vae.cpu import set_up_cpu
-        from mnist_vae.evaluation import encode, sampled_bce, summarise_elbo, to_tensor
+        from mnist_vae.model.cpu import set_up_cpu
+        from mnist_vae.evaluation.evaluate import encode, sampled_bce, summarise_elbo, to_tensor
 
         set_up_cpu(1)
         x_test, evaluation = dataset().x_test, parameters().evaluate
@@ -120,11 +120,11 @@ def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> d
 
 def evaluate(estimator: str, images: int, effort: int) -> dict[str, Any]:
     """Seconds of one estimator on test images, by repetition; ``effort`` is the draws or importance samples of z."""
-    from mnist_vae.checkpoint import load_checkpoint
-    from mnist_vae.evaluation import encode, sampled_bce, to_tensor
-    from mnist_vae.likelihood import importance_nll, quadrature_nll
+    from mnist_vae.model.model_file import load_model
+    from mnist_vae.evaluation.evaluate import encode, sampled_bce, to_tensor
+    from mnist_vae.evaluation.likelihood import importance_nll, quadrature_nll
 
-    vae, x_test = load_checkpoint(TRAINED).vae, dataset().x_test
+    vae, x_test = load_model(TRAINED).vae, dataset().x_test
     step = parameters().evaluate.quadrature_step
     run = {
         "elbo": lambda x: sampled_bce(vae, to_tensor(x), encode(vae, x), effort, seed=1),
@@ -198,7 +198,7 @@ def settings(**changes: Any):
 
 
 def dataset():
-    from mnist_vae.data import load_dataset
+    from mnist_vae.data.dataset import load_dataset
 
     return load_dataset(DATASET, "mnist")
 
@@ -235,7 +235,7 @@ def main() -> None:
 
             torch.set_num_threads(threads)
         elif task != "stage":  # which sets its own, and whose imports are measured
-            from mnist_vae.cpu import set_up_cpu
+            from mnist_vae.model.cpu import set_up_cpu
 
             set_up_cpu(threads)
         result = TASKS[task](**arguments)

@@ -1,13 +1,29 @@
 """python -m stages NAME: run one stage."""
 
+import gc
+import importlib.util
 import sys
 
-from stages import STAGES, WORKSPACE, tracker
-from stages.stage import run_stage
+from stages import STAGES
 
-if __name__ == "__main__":
+
+def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in STAGES:
         sys.exit(f"usage: python -m stages {{{'|'.join(STAGES)}}}")
-    if sys.argv[1] != "download":  # which comes before there is a run
-        tracker.start(WORKSPACE)
-    run_stage(sys.argv[1])
+    if missing := [name for name in ("torch", "mnist_vae") if importlib.util.find_spec(name) is None]:
+        sys.exit(
+            f"{sys.executable} has no {' and no '.join(missing)}: `make setup` installs what the stages need into "
+            ".venv, where `dvc repro` finds it; or activate the environment that you installed requirements.lock into"
+        )
+    # Half of a short stage is imports; looking for garbage among them takes GC_SHARE of it, and once more at the end.
+    gc.set_threshold(1_000_000)
+    from stages.stage import run_stage
+
+    try:
+        run_stage(sys.argv[1])
+    finally:
+        gc.freeze()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,33 +1,30 @@
 """The files that stages pass to each other, relative to the folder that holds dvc.yaml."""
 
-import json
-import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mnist_vae.data import Dataset, load_dataset
-from mnist_vae.errors import UserError
+from mnist_vae.files import read_or_refuse
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARAMS = Path("params.yaml")
 DATASET = Path("data/dataset.npz")
-ABOUT_DATASET = Path("data/dataset.json")
-MODEL = Path("models/vae.pt")
-RUN_ID = Path("models/run_id")
+ABOUT_DATASET = DATASET.with_suffix(".json")
+MODEL = Path("models/vae.safetensors")
+LOSSES = Path("plots/losses.csv")
+CODES = Path("plots/latents.csv")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 
 
-def read_dataset() -> Dataset:
-    """The images that download chose."""
-    try:
-        name = json.loads(ABOUT_DATASET.read_text())["name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{ABOUT_DATASET} is missing or damaged; `dvc repro download` makes it again") from error
-    return load_dataset(DATASET, name)
+def read_csv(name: str, stage: str, **types: str) -> "pd.DataFrame":
+    """A table that ``stage`` wrote into plots/; ``types`` are those of columns that pandas would guess otherwise.
 
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    import pandas as pd  # for two of the stages
 
-def read_run_id() -> str:
-    """The MLflow run that train opened."""
-    try:
-        return uuid.UUID(RUN_ID.read_text().strip()).hex
-    except (OSError, ValueError) as error:
-        raise UserError(f"{RUN_ID} is missing or damaged; `dvc repro train` makes it again") from error
+    remedy = f"`dvc repro --force --single-item {stage}` makes it again"
+    return read_or_refuse(PLOTS / name, lambda path: pd.read_csv(path, dtype=types), remedy, (OSError, ValueError))

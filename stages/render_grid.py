@@ -1,44 +1,34 @@
 """render_grid: how does the latent space hang together?   model, codes, grid.* → plots/grid.png, plots/explorer.html"""
 
-import pandas as pd
-
-from mnist_vae import figures
-from mnist_vae.checkpoint import load_checkpoint
-from mnist_vae.cpu import set_up_cpu
-from mnist_vae.errors import UserError
-from mnist_vae.explorer import explorer_html
-from mnist_vae.files import replacing
-from mnist_vae.generation import quantile_grid
+from mnist_vae.files import write_text
+from mnist_vae.model.cpu import set_up_cpu
+from mnist_vae.model.latent import manifold, tile, to_uint8
+from mnist_vae.model.model_file import load_model
 from mnist_vae.params import load_params
-from stages import WORKSPACE, tracker
-from stages.artifacts import MODEL, PARAMS, PLOTS, read_run_id
+from mnist_vae.pictures import figures
+from mnist_vae.pictures.explorer import explorer_html
+from mnist_vae.tracking.session import Session
+from stages.artifacts import MODEL, PARAMS, PLOTS, read_csv
+from stages.key import stage_key
 
 
-def main() -> None:
+def main(session: Session) -> None:
     params = load_params(PARAMS)
+    recorded = params.flat("grid")
     set_up_cpu(1)
-    vae, dataset, kld_per_dim = load_checkpoint(MODEL)
+    vae, dataset, kld_per_dim, fingerprint = load_model(MODEL)
+    name = f"grid: {params.grid.size} × {params.grid.size}"
+    session.begin(fingerprint, stage_key("render_grid", recorded), name, recorded)
 
-    grid = quantile_grid(vae, params.grid.size, params.grid.quantiles, kld_per_dim)
-    figures.save_png(PLOTS / "grid.png", figures.grid_figure(grid, dataset))
-    codes = read_codes()
+    grid = manifold(vae, params.grid.size, params.grid.quantiles, kld_per_dim)
+    figures.save_png(PLOTS / "grid.png", figures.manifold_figure(grid, dataset))
+    codes = read_csv("latents.csv", "evaluate", digit="uint8")
     page = explorer_html(vae, codes.filter(like="z"), codes["digit"], dataset=dataset, kld_per_dimension=kld_per_dim)
-    with replacing(PLOTS / "explorer.html") as scratch:
-        scratch.write_text(page, encoding="utf-8")
+    write_text(PLOTS / "explorer.html", page)
 
-    run = tracker.resume_run(WORKSPACE, read_run_id())
-    run.log_params(params.flat("grid"))
-    run.describe(
-        f"VAE of {dataset} with {vae.architecture.latent_dim} latent dimensions",
-        figures.to_uint8(figures.tile(grid.images, len(grid.across))),
+    session.describe(
+        f"VAE of {dataset} with {vae.config.latent_dim} latent dimensions",
+        to_uint8(tile(grid.images, len(grid.across))),
     )
-    run.log_file(PLOTS / "grid.png")
-    run.log_file(PLOTS / "explorer.html")
-
-
-def read_codes() -> pd.DataFrame:
-    """The posterior means of the test images: columns digit, z0, z1, …"""
-    try:
-        return pd.read_csv(PLOTS / "latents.csv", dtype={"digit": "uint8"})
-    except (OSError, ValueError) as error:
-        raise UserError(f"{PLOTS}/latents.csv is missing or damaged; `dvc repro evaluate` makes it again") from error
+    session.log_file(PLOTS / "grid.png")
+    session.log_file(PLOTS / "explorer.html")

@@ -1,24 +1,25 @@
 """render_samples: what does the prior look like?   model, samples.* → plots/samples.png"""
 
-from mnist_vae import figures
-from mnist_vae.checkpoint import load_checkpoint
-from mnist_vae.cpu import set_up_cpu
-from mnist_vae.generation import decode, prior_draws
+from mnist_vae.model.cpu import set_up_cpu
+from mnist_vae.model.latent import decode, prior_draws
+from mnist_vae.model.model_file import load_model
 from mnist_vae.params import load_params
-from stages import WORKSPACE, tracker
-from stages.artifacts import MODEL, PARAMS, PLOTS, read_run_id
+from mnist_vae.pictures import figures
+from mnist_vae.tracking.session import Session
+from stages.artifacts import MODEL, PARAMS, PLOTS
+from stages.key import stage_key
 
 
-def main() -> None:
+def main(session: Session) -> None:
     params = load_params(PARAMS)
-    samples = params.samples
+    samples, recorded = params.samples, params.flat("samples")
     set_up_cpu(1)
-    vae, dataset, _ = load_checkpoint(MODEL)
+    model = load_model(MODEL)
+    name = f"samples: {samples.rows} × {samples.cols}, seed {samples.seed}"
+    session.begin(model.fingerprint, stage_key("render_samples", recorded), name, recorded)
 
-    z = prior_draws(samples.rows * samples.cols, vae.architecture.latent_dim, samples.seed)
-    figure = figures.samples_figure(decode(vae, z), samples.cols, dataset)
+    z = prior_draws(samples.rows * samples.cols, model.vae.config.latent_dim, samples.seed)
+    figure = figures.samples_figure(decode(model.vae, z), samples.cols, model.dataset)
     figures.save_png(PLOTS / "samples.png", figure)
 
-    run = tracker.resume_run(WORKSPACE, read_run_id())
-    run.log_params(params.flat("samples"))
-    run.log_file(PLOTS / "samples.png")
+    session.log_file(PLOTS / "samples.png")

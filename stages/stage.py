@@ -1,57 +1,151 @@
-"""Running a stage: a user's mistake ends it in one line, and any failure leaves the outputs of the last success."""
+"""Running a stage: one at a time, in one line if it fails, without a trace if it is stopped."""
 
-import gc
-import hashlib
 import importlib
 import logging
 import os
-import shutil
-import subprocess
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+import psutil
+from filelock import FileLock, Timeout
 
 from mnist_vae.errors import UserError
-from stages import tracker
+from mnist_vae.files import writable
+from mnist_vae.tracking.session import Session
+from stages import WORKSPACE, outputs
+
+LOCK = Path(".dvc/tmp/stage.lock")
+LOCK_TIMEOUT_S = 60  # a stage whose dvc was killed ends within seconds
+GRACE_S = 15  # for a stage to end in order after its dvc is gone
+SHELLS = {"sh", "bash", "dash", "zsh", "fish"}
+
+
+class Stopped(SystemExit):
+    """A signal asks the stage to end; its exit status is the one that a shell gives for this signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
 
 
 def run_stage(name: str) -> None:
-    """Call the ``main`` of stages/NAME.py and leave the process with status 0, 1 for a failure, 130 for Ctrl-C."""
+    """Call the ``main`` of stages/NAME.py and leave the process with status 0, 1 for a failure, 128 + N for a signal.
+
+    Whatever ends it, the outputs of the last success are there again, or none.
+    """
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        importlib.import_module(f"stages.{name}").main()
-        tracker.settle()
+        with only_stage_here(name):
+            end_with_dvc()
+            end_on_signals()
+            run_tracked(name)
     except UserError as error:
-        restore_outputs()
         sys.exit("\n".join(f"{name}: {line}" for line in str(error).splitlines()))
-    except KeyboardInterrupt:
-        restore_outputs()
-        sys.exit(130)
-    except BaseException:
-        restore_outputs()
+
+
+def run_tracked(name: str) -> None:
+    """The stage, with what it tells MLflow, which is ended as the stage is."""
+    session = Session(WORKSPACE, name) if name != "download" else None
+    try:
+        with writable(Path.cwd()):
+            main = importlib.import_module(f"stages.{name}").main
+            main() if session is None else main(session)
+    except BaseException as error:
+        outputs.restore(name)
+        status, reason = in_words(error)
+        if session is not None:
+            session.end(status, reason, wait=GRACE_S - 5)
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(signal.SIGINT) from None
+        if isinstance(error, UserError) and (damaged := outputs.remove_damaged(name)):
+            files = " and ".join(map(str, damaged))
+            raise UserError(
+                f"{error}\n{files} was damaged on the disk, and so was DVC's copy; both are removed now: "
+                "run `dvc repro` again, and it is made anew"
+            ) from error
         raise
-    finally:
-        gc.freeze()  # the interpreter's last look for garbage would take half a second, a moment before all is gone
+    if session is not None:
+        session.end("FINISHED")
+        if session.outcome.get("champion"):
+            print("champion: `mlflow models serve -m models:/mnist-vae-decoder@champion` answers with this model")
 
 
-def restore_outputs() -> None:
-    """Put back the outputs that DVC removed before this stage began, from its cache or from git's last commit."""
-    stage = os.environ.get("DVC_STAGE")
-    if stage is None or not Path("dvc.lock").is_file():
+def in_words(error: BaseException) -> tuple[str, str]:
+    """How MLflow calls the end that an exception brings, and the reason to record."""
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", "Ctrl-C"
+    if isinstance(error, Stopped):
+        return "KILLED", error.signal
+    return "FAILED", (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+@contextmanager
+def only_stage_here(name: str) -> Iterator[None]:
+    """Hold the folder for this stage.
+
+    DVC takes its own lock for stale when its process was killed, and would start a stage beside one that still runs.
+
+    Raises:
+        UserError: another stage did not end in time; the message names its process.
+    """
+    if not LOCK.parent.parent.is_dir():  # no DVC here: somebody runs a stage by hand
+        yield
         return
-    from dvc.repo import Repo
-    from ruamel.yaml import YAML
+    with writable(LOCK):
+        LOCK.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = LOCK.read_text() if LOCK.is_file() else ""
+            print(f"{name}: waiting for another stage in this folder to end ({holder})", file=sys.stderr)
+            try:
+                lock.acquire(timeout=LOCK_TIMEOUT_S)
+            except Timeout as error:
+                raise UserError(
+                    f"another stage still works in this folder ({holder}); wait for it, or end that process"
+                ) from error
+        os.truncate(LOCK, 0)
+        LOCK.write_text(f"{name}, process {os.getpid()}")
+    try:
+        yield
+    finally:
+        lock.release()
 
-    lock = YAML(typ="safe").load(Path("dvc.lock")).get("stages", {})
-    with Repo() as repo:
-        cache = repo.cache.local
-        for output in lock.get(stage.rpartition(":")[2], {}).get("outs", []):
-            path, cached = Path(output["path"]), Path(cache.oid_to_path(output["md5"]))
-            if path.exists():
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if cached.is_file():
-                shutil.copyfile(cached, path)
-                continue
-            committed = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, check=False).stdout
-            if hashlib.md5(committed, usedforsecurity=False).hexdigest() == output["md5"]:
-                path.write_bytes(committed)
+
+def end_on_signals() -> None:
+    """Have SIGTERM and SIGHUP end the stage in order, as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise Stopped(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
+def end_with_dvc() -> None:
+    """End this stage when the DVC that started it is gone, however it went: nobody would record what the stage makes.
+
+    A stage without DVC is its own master.
+    """
+    if "DVC_STAGE" not in os.environ:
+        return
+    ancestors = (parent for parent in psutil.Process().parents() if parent.name() not in SHELLS)
+    dvc = next(ancestors, None)
+
+    def watch() -> None:
+        while dvc is not None and dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os._exit(128 + signal.SIGTERM)
+
+    if dvc is not None:
+        threading.Thread(target=watch, daemon=True).start()

@@ -1,76 +1,119 @@
-"""train: fit the VAE, live in MLflow.   data, model.*, train.* → models/…, plots/losses.*, metrics/train.json"""
+"""train: fit the VAE, live in MLflow.   data, model.*, train.* → models/vae.safetensors, plots/losses.csv, metrics/…"""
 
 import os
 import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from mnist_vae import figures
-from mnist_vae.binarization import Kind, binarized, column
-from mnist_vae.checkpoint import Checkpoint, save_checkpoint
-from mnist_vae.cpu import set_up_cpu
-from mnist_vae.data import Dataset
-from mnist_vae.encoding import encode
-from mnist_vae.files import replacing, write_csv, write_json
-from mnist_vae.generation import decode, prior_draws
+from mnist_vae.data.binarization import binarize_dataset, metric_name
+from mnist_vae.data.dataset import Dataset, load_dataset
+from mnist_vae.files import write_csv, write_json
+from mnist_vae.fingerprint import digest_of_code, environment, fingerprint
+from mnist_vae.model.cpu import set_up_cpu
+from mnist_vae.model.latent import encode
+from mnist_vae.model.model_file import SavedModel, save_model
+from mnist_vae.model.vae import VAEConfig
 from mnist_vae.params import Params, load_params
-from mnist_vae.provenance import git_state
-from mnist_vae.training import Epoch, Losses, fit, in_words
-from mnist_vae.vae import Architecture
-from stages import HERE, WORKSPACE, tracker
-from stages.artifacts import METRICS, MODEL, PARAMS, PLOTS, RUN_ID, read_dataset
+from mnist_vae.tracking.logger import JournalLogger
+from mnist_vae.tracking.provenance import git_state
+from mnist_vae.tracking.session import Session
+from mnist_vae.training.callbacks import SampleFrames, in_words
+from mnist_vae.training.fit import Fit, fit
+from stages import HERE, WORKSPACE
+from stages.artifacts import DATASET, LOSSES, METRICS, MODEL, PARAMS
+from stages.outputs import code_of
 
-ROWS, COLS = 4, 18  # of the samples that take shape from epoch to epoch
+LOCK_TIMEOUT_S = 30
 
 
-def main() -> None:
+def main(session: Session) -> None:
     params = load_params(PARAMS)
     set_up_cpu(params.train.threads)
-    dataset = read_dataset()
-    about = dataset.about()
-    kind, seed = params.data.binarize, params.data.binarize_seed
-    measured = binarized(dataset, kind, seed)
-    images = measured.x_train if kind == "static" else dataset.x_train
-    architecture = Architecture(params.model.hidden_dim, params.model.latent_dim)
-    z = prior_draws(ROWS * COLS, architecture.latent_dim, params.train.seed)  # the same at every epoch
+    dataset = load_dataset(DATASET)
+    binarize, seed = params.data.binarize, params.data.binarize_seed
+    measured = binarize_dataset(dataset, binarize, seed)
+    config = VAEConfig(params.model.hidden_dim, params.model.latent_dim)
+    name = identity(params, dataset)
 
-    with tracker.start_run(WORKSPACE, run_name(params, dataset), run_tags(params, about)) as run:
-        run.log_params(params.flat("data", "model", "train"))
-        run.log_dataset(about)
+    recorded = params.flat("data", "model", "train")
+    session.begin(name, "", run_name(params, dataset), recorded, run_tags(params, dataset))
+    session.log_dataset(dataset.about)
 
-        def log_epoch(epoch: Epoch) -> None:
-            run.log_metrics(stored(epoch.losses, kind), step=epoch.number)
-            run.log_image(
-                figures.to_uint8(figures.tile(decode(epoch.vae, z.to(epoch.vae.device)), COLS)),
-                "samples",
-                step=epoch.number,
-            )
-
-        redraw_seed = seed if kind == "dynamic" else None
-        trained = fit(images, architecture, params.train, log_epoch, redraw_seed)
+    with checkpoints_of(name) as folder:
+        trained = fit(
+            measured.x_train if binarize == "static" else dataset.x_train,
+            config,
+            params.train,
+            redraw_seed=seed if binarize == "dynamic" else None,
+            logger=JournalLogger(session, binarize),
+            callbacks=[SampleFrames(config.latent_dim, params.train.seed)],
+            checkpoints=folder,
+        )
 
         kld_per_dim = encode(trained.vae, measured.x_train).kld().double().mean(dim=0).tolist()
-        save_checkpoint(MODEL, Checkpoint(trained.vae, measured.title, kld_per_dim))
-        write_csv(PLOTS / "losses.csv", [{**epoch, "binarize": kind} for epoch in trained.history])
-        columns = {name: [epoch[name] for epoch in trained.history] for name in trained.history[0]}
-        figures.save_png(PLOTS / "losses.png", figures.losses_figure(columns, measured.title))
-        epochs, losses = trained.epochs, trained.losses
-        about_losses = {"dataset": dataset.name, "binarize": kind, "epochs": epochs}
-        write_json(METRICS / "train.json", {**about_losses, **stored(losses, kind)})
+        save_model(MODEL, SavedModel(trained.vae, measured.title, kld_per_dim, name))
+        write_csv(LOSSES, [{**epoch, "binarize": binarize} for epoch in trained.history])
+        write_json(METRICS / "train.json", summary(trained, dataset, params))
 
-        run.log_metrics({"epochs": epochs, "train_seconds": trained.seconds})
-        for path in (MODEL, PLOTS / "losses.csv", PLOTS / "losses.png", METRICS / "train.json"):
-            run.log_file(path)
-        with replacing(RUN_ID) as scratch:
-            scratch.write_text(run.id + "\n")
-    per_second = epochs * len(images) / trained.seconds
-    print(f"{epochs} epochs in {trained.seconds:.1f} s ({per_second:,.0f} images/s): {in_words(losses)}")
+        session.log_metrics({"train/epochs": len(trained.history), "train/seconds": trained.seconds})
+        for path in (MODEL, LOSSES, METRICS / "train.json"):
+            session.log_file(path)
+    print(f"{len(trained.history)} epochs in {trained.seconds:.1f} s: {in_words(trained.losses)}")
+    if params.train.validation_size:
+        print(f"saved: epoch {trained.best_epoch}, which has the lowest validation loss")
 
 
-def stored(losses: Losses, kind: Kind) -> Losses:
-    """Losses under the names that they are stored by: with the split in front, and the kind of pixels behind."""
-    return {column(name if name.startswith("val_") else f"train_{name}", kind): value for name, value in losses.items()}
+def identity(params: Params, dataset: Dataset) -> str:
+    """What determines this training: its data, code, parameters and environment, as one name."""
+    return fingerprint(
+        data=dataset.about["digest"],
+        code=digest_of_code(code_of("train")),
+        params=params.flat("model", "train")
+        | {"binarize": params.data.binarize, "binarize_seed": params.data.binarize_seed},
+        environment=dict(environment()),
+    )
+
+
+@contextmanager
+def checkpoints_of(name: str) -> Iterator[Path | None]:
+    """The folder that this training resumes from, gone when it has succeeded.
+
+    None, which means none to resume from, where another process is at the very same training and does not end.
+    """
+    folder = WORKSPACE / "checkpoints" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"train: waiting up to {LOCK_TIMEOUT_S} s for a process that is at the same training", file=sys.stderr)
+        try:
+            lock.acquire(timeout=LOCK_TIMEOUT_S)
+        except Timeout:
+            yield None
+            return
+    with lock:
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def summary(trained: Fit, dataset: Dataset, params: Params) -> dict[str, Any]:
+    """metrics/train.json: the losses of the epoch whose weights are saved."""
+    best = {"best_epoch": trained.best_epoch} if params.train.validation_size else {}
+    binarize = params.data.binarize
+    losses = {
+        metric_name(name if name.startswith("val_") else f"train_{name}", binarize): value
+        for name, value in trained.losses.items()
+    }
+    return {"dataset": dataset.name, "binarize": binarize, "epochs": len(trained.history), **best, **losses}
 
 
 def run_name(params: Params, dataset: Dataset) -> str:
@@ -80,17 +123,16 @@ def run_name(params: Params, dataset: Dataset) -> str:
     return f"{name} · z {model.latent_dim}, h {model.hidden_dim}, batch {train.batch_size}, {train.epochs} epochs"
 
 
-def run_tags(params: Params, about: dict[str, Any]) -> dict[str, Any]:
+def run_tags(params: Params, dataset: Dataset) -> dict[str, Any]:
     """What to filter runs by: data, model, code, machine."""
     git = git_state(HERE)
     return {
-        "dataset": about["name"],
-        "dataset_digest": about["digest"],
+        "dataset": dataset.name,
+        "dataset_digest": dataset.about["digest"],
         "binarize": params.data.binarize,
         "latent_dim": params.model.latent_dim,
         **git,
         "mlflow.source.git.commit": git["git_commit"],
-        "mlflow.source.name": "stages/train.py",
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
         **({"dvc_experiment": os.environ["DVC_EXP_NAME"]} if os.environ.get("DVC_EXP_NAME") else {}),

@@ -49,9 +49,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def digits_dataset() -> "mnist_vae.data.Dataset":  # noqa: F821
+def digits_dataset() -> "mnist_vae.data.dataset.Dataset":  # noqa: F821
     """The embedded digits, which take seconds to build; take slices, change nothing."""
-    from mnist_vae.digits import digits
+    from mnist_vae.sources.digits import digits
 
     return digits()
 

@@ -28,13 +28,13 @@ def images() -> np.ndarray:
 
 
 def test_the_bare_loop_and_fit_do_the_same_optimisation(images):
-    from mnist_vae.training import fit
-    from mnist_vae.vae import Architecture
+    from mnist_vae.training.fit import fit
+    from mnist_vae.model.vae import VAEConfig
 
     train = settings(epochs=3, accelerator="cpu")
 
     bare = bare_loop(torch.from_numpy(images).flatten(1), train, train.epochs)
-    fitted = fit(images, Architecture(), train).history
+    fitted = fit(images, VAEConfig(), train).history
 
     assert [epoch.loss for epoch in bare] == pytest.approx([row["loss"] for row in fitted], rel=1e-4)
     assert bare[-1].loss < 0.7 * bare[0].loss

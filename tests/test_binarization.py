@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mnist_vae.binarization import binarize, binarized, column
-from mnist_vae.data import Dataset
+from mnist_vae.data.binarization import binarize, binarized, column
+from mnist_vae.data.dataset import Dataset
 
 
 @pytest.fixture

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_vae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mnist_vae.model.model_file import Checkpoint, load_model, save_model
 from mnist_vae.errors import UserError
-from mnist_vae.vae import VAE, Architecture
+from mnist_vae.model.vae import VAE, VAEConfig
 
 
 @pytest.fixture
 def checkpoint():
     torch.manual_seed(0)
-    return Checkpoint(VAE(Architecture(hidden_dim=8, latent_dim=3)), "digits", [1.5, 0.25, 2.0])
+    return Checkpoint(VAE(VAEConfig(hidden_dim=8, latent_dim=3)), "digits", [1.5, 0.25, 2.0])
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ class RunsCode:
 
 def refusal(path):
     with pytest.raises(UserError) as error:
-        load_checkpoint(path)
+        load_model(path)
     assert str(path) in str(error.value)
     assert "`dvc repro train` makes it again" in str(error.value)
     assert "\n" not in str(error.value)
@@ -42,10 +42,10 @@ def refusal(path):
 
 
 def test_what_was_saved_comes_back(path, checkpoint):
-    save_checkpoint(path, checkpoint)
-    vae, dataset, kld_per_dim = load_checkpoint(path)
+    save_model(path, checkpoint)
+    vae, dataset, kld_per_dim = load_model(path)
 
-    assert vae.architecture == Architecture(hidden_dim=8, latent_dim=3)
+    assert vae.architecture == VAEConfig(hidden_dim=8, latent_dim=3)
     assert (dataset, kld_per_dim) == ("digits", [1.5, 0.25, 2.0])
     weights = checkpoint.vae.state_dict()
     assert list(vae.state_dict()) == list(weights)
@@ -53,21 +53,21 @@ def test_what_was_saved_comes_back(path, checkpoint):
 
 
 def test_a_loaded_model_is_in_evaluation_mode(path, checkpoint):
-    save_checkpoint(path, checkpoint)
+    save_model(path, checkpoint)
 
-    assert not load_checkpoint(path).vae.training
+    assert not load_model(path).vae.training
 
 
 def test_equal_models_give_equal_bytes_in_any_folder(tmp_path, checkpoint):
     here, there = tmp_path / "here" / "vae.pt", tmp_path / "there" / "vae.pt"
-    save_checkpoint(here, checkpoint)
-    save_checkpoint(there, load_checkpoint(here))
+    save_model(here, checkpoint)
+    save_model(there, load_model(here))
 
     assert here.read_bytes() == there.read_bytes()
 
 
 def test_the_file_loads_without_running_code(path, checkpoint):
-    save_checkpoint(path, checkpoint)
+    save_model(path, checkpoint)
 
     assert set(torch.load(path, weights_only=True)) == {"format", "architecture", "weights", "dataset", "kld_per_dim"}
 
@@ -78,7 +78,7 @@ def test_a_missing_file_is_refused(path):
 
 @pytest.mark.parametrize("left", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_file_is_refused(path, checkpoint, left):
-    save_checkpoint(path, checkpoint)
+    save_model(path, checkpoint)
     content = path.read_bytes()
     path.write_bytes(content[: int(left * len(content))])
 
@@ -108,7 +108,7 @@ def test_a_torch_file_of_another_program_is_refused(path, content):
     ids=["other sizes", "unknown size", "no weights"],
 )
 def test_weights_that_do_not_fit_the_architecture_are_refused(path, checkpoint, change):
-    save_checkpoint(path, checkpoint)
+    save_model(path, checkpoint)
     torch.save(torch.load(path, weights_only=True) | change, path)
 
     assert "damaged or no model" in refusal(path)
@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_the_architecture_are_refused(path, checkpoint, 
 
 @pytest.mark.parametrize("key", ["architecture", "weights", "dataset", "kld_per_dim"])
 def test_a_model_that_lacks_a_part_is_refused(path, checkpoint, key):
-    save_checkpoint(path, checkpoint)
+    save_model(path, checkpoint)
     content = torch.load(path, weights_only=True)
     del content[key]
     torch.save(content, path)

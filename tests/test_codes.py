@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mnist_vae.codes import active_units, knn_accuracy, linear_probe_accuracy
+from mnist_vae.evaluation.codes import active_units, knn_accuracy, linear_probe_accuracy
 
 CENTRES = np.array([[0, 0], [8, 0], [0, 8], [8, 8]])
 

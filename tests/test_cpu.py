@@ -19,7 +19,7 @@ def run(program):
 def test_denormal_numbers_count_as_zero_on_every_thread(threads):
     program = f"""
 import torch
-from mnist_vae.cpu import set_up_cpu
+from mnist_vae.model.cpu import set_up_cpu
 set_up_cpu({threads})
 denormal = torch.full((1_000_000,), 1e-20)
 print(torch.get_num_threads(), (denormal * 1e-20).count_nonzero().item())
@@ -30,8 +30,8 @@ print(torch.get_num_threads(), (denormal * 1e-20).count_nonzero().item())
 def test_the_loss_of_a_sure_pixel_is_unchanged():
     program = """
 import torch
-from mnist_vae.cpu import set_up_cpu
-from mnist_vae.vae import negative_log_likelihood
+from mnist_vae.model.cpu import set_up_cpu
+from mnist_vae.model.vae import negative_log_likelihood
 logits, x = torch.linspace(-200, 200, 4_001)[None], torch.ones(1, 4_001)
 before = [negative_log_likelihood(logits, x * pixel) for pixel in (0, 0.5, 1)]
 set_up_cpu(1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mnist_vae.data import Dataset, load_dataset, save_dataset
+from mnist_vae.data.dataset import Dataset, load_dataset, save_dataset
 from mnist_vae.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import zoom
 from sklearn.datasets import load_digits
 
-from mnist_vae.digits import BOX, VARIANTS, digits, enlarge
+from mnist_vae.sources.digits import BOX, VARIANTS, digits, enlarge
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_ink_stays_in_the_middle_20_by_20_box_but_for_a_soft_edge(digits_dataset
 
 
 def test_every_build_is_the_same(digits_dataset, monkeypatch):
-    monkeypatch.setattr("mnist_vae.digits.VARIANTS", 2)  # the first bend is then the same, and it takes less time
+    monkeypatch.setattr("mnist_vae.sources.digits.VARIANTS", 2)  # the first bend is then the same, and it takes less time
     again = digits()
 
     np.testing.assert_array_equal(again.x_test, digits_dataset.x_test)

@@ -7,9 +7,9 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from mnist_vae import encoding, evaluation
-from mnist_vae.encoding import encode, to_tensor
-from mnist_vae.evaluation import sampled_bce, summarise_elbo
-from mnist_vae.vae import VAE, Architecture, Posterior
+from mnist_vae.model.latent import encode, to_tensor
+from mnist_vae.evaluation.evaluate import sampled_bce, summarise_elbo
+from mnist_vae.model.vae import VAE, VAEConfig, Posterior
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def images(digits_dataset):
 @pytest.fixture
 def vae():
     torch.manual_seed(0)
-    return VAE(Architecture(hidden_dim=16, latent_dim=2)).eval()
+    return VAE(VAEConfig(hidden_dim=16, latent_dim=2)).eval()
 
 
 def constant_decoder(logits):
     """A model whose decoder answers ``logits`` (784,) whatever z is."""
-    vae = VAE(Architecture(hidden_dim=16, latent_dim=2))
+    vae = VAE(VAEConfig(hidden_dim=16, latent_dim=2))
     torch.nn.init.zeros_(vae.decoder[2].weight)
     vae.decoder[2].bias.data.copy_(torch.as_tensor(logits))
     return vae
@@ -33,7 +33,7 @@ def constant_decoder(logits):
 
 def slope_decoder(slope):
     """A model with one latent dimension, in which every pixel's logit is slope · z."""
-    vae = VAE(Architecture(hidden_dim=2, latent_dim=1))
+    vae = VAE(VAEConfig(hidden_dim=2, latent_dim=1))
     vae.decoder[0].weight.data = torch.tensor([[1.0], [-1.0]])  # relu(z) and relu(−z)
     vae.decoder[0].bias.data.zero_()
     vae.decoder[2].weight.data = torch.tensor([[slope, -slope]]).expand(784, 2).clone()

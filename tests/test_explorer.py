@@ -14,8 +14,8 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from mnist_vae.explorer import explorer_html
-from mnist_vae.vae import VAE, Architecture, negative_elbo, to_pixels
+from mnist_vae.pictures.explorer import explorer_html
+from mnist_vae.model.vae import VAE, VAEConfig, negative_elbo, to_pixels
 
 TAB10 = ["1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf"]
 GRAY_LEVEL = 1 / 255  # the smallest difference that a screen can show
@@ -33,7 +33,7 @@ def digits() -> tuple[Tensor, np.ndarray]:
 def vae(digits: tuple[Tensor, np.ndarray]) -> VAE:
     """A model that knows its digits after a few seconds."""
     torch.manual_seed(1)
-    vae = VAE(Architecture(hidden_dim=64))
+    vae = VAE(VAEConfig(hidden_dim=64))
     optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
     for _ in range(40):
         for x in digits[0][torch.randperm(len(digits[0]))].split(128):
@@ -56,7 +56,7 @@ def html(vae: VAE, codes: np.ndarray, digits: tuple[Tensor, np.ndarray]) -> str:
 
 def untrained(latent_dim: int, hidden_dim: int = 32) -> VAE:
     torch.manual_seed(latent_dim)
-    return VAE(Architecture(hidden_dim, latent_dim))
+    return VAE(VAEConfig(hidden_dim, latent_dim))
 
 
 def random_page(latent_dim: int, hidden_dim: int = 32, images: int = 200, **options) -> str:

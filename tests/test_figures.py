@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from mnist_vae.figures import (
+from mnist_vae.pictures.figures import (
     grid_figure,
     latents_figure,
     losses_figure,
@@ -17,8 +17,8 @@ from mnist_vae.figures import (
     to_uint8,
     traversal_figure,
 )
-from mnist_vae.generation import LatentGrid
-from mnist_vae.vae import Posterior
+from mnist_vae.model.latent import Manifold
+from mnist_vae.model.vae import Posterior
 
 TITLE = "scikit-learn digits (not MNIST)"
 HISTORY = {"epoch": [1, 2, 3], "loss": [200.0, 180.0, 170.0], "bce": [197.0, 176.0, 165.0], "kld": [3.0, 4.0, 5.0]}
@@ -29,7 +29,7 @@ def noise(count, seed=0):
 
 
 def grid(across=5, down=5, dimensions=(0, 1)):
-    return LatentGrid(noise(across * down), np.linspace(-1.6, 1.6, across), np.linspace(-1.6, 1.6, down), dimensions)
+    return Manifold(noise(across * down), np.linspace(-1.6, 1.6, across), np.linspace(-1.6, 1.6, down), dimensions)
 
 
 def codes(count=50, latent_dim=2):

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from mnist_vae.files import replacing, write_json
+from mnist_vae.files import atomic_write, write_json
 
 
 def test_what_was_written_takes_the_files_place(tmp_path):
     path = tmp_path / "new" / "folder" / "file.txt"
 
     for content in ("first", "second"):
-        with replacing(path) as scratch:
+        with atomic_write(path) as scratch:
             scratch.write_text(content)
         assert path.read_text() == content
 
@@ -19,7 +19,7 @@ def test_what_was_written_takes_the_files_place(tmp_path):
 
 
 def test_the_scratch_file_has_the_same_name_on_the_same_disk(tmp_path):
-    with replacing(tmp_path / "vae.pt") as scratch:
+    with atomic_write(tmp_path / "vae.pt") as scratch:
         assert scratch.name == "vae.pt"
         assert tmp_path in scratch.parents
         scratch.touch()
@@ -29,7 +29,7 @@ def test_the_old_file_stays_while_the_new_one_is_written(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
 
-    with replacing(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_text("half")
         assert path.read_text() == "old"
 
@@ -40,7 +40,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, problem):
     path.write_text("old")
 
     def fail():
-        with replacing(path) as scratch:
+        with atomic_write(path) as scratch:
             scratch.write_text("half")
             raise problem
 

@@ -8,8 +8,8 @@ import torch
 from scipy.special import logit
 from scipy.stats import norm
 
-from mnist_vae.generation import decode, leading_dimensions, prior_draws, quantile_grid, traverse
-from mnist_vae.vae import VAE, Architecture
+from mnist_vae.model.latent import decode, leading_dimensions, prior_draws, manifold, traverse
+from mnist_vae.model.vae import VAE, VAEConfig
 
 
 def transparent(latent_dim):
@@ -20,7 +20,7 @@ def transparent(latent_dim):
         images[:, :latent_dim] = z[:, :, None]
         return images.flatten(1)
 
-    return SimpleNamespace(architecture=Architecture(latent_dim=latent_dim), decode=write)
+    return SimpleNamespace(architecture=VAEConfig(latent_dim=latent_dim), decode=write)
 
 
 def read(grid, latent_dim):
@@ -31,7 +31,7 @@ def read(grid, latent_dim):
 
 def test_decoded_images_are_pixels_between_paper_and_ink():
     torch.manual_seed(0)
-    vae = VAE(Architecture(hidden_dim=8))
+    vae = VAE(VAEConfig(hidden_dim=8))
     z = prior_draws(3, 2, seed=0)
 
     images = decode(vae, z)
@@ -43,7 +43,7 @@ def test_decoded_images_are_pixels_between_paper_and_ink():
 def test_z0_runs_along_columns_and_z1_down_rows():
     size, values = 5, norm.ppf(np.linspace(0.05, 0.95, 5))
 
-    grid = quantile_grid(transparent(2), size, [0.05, 0.95], [3.0, 2.0])
+    grid = manifold(transparent(2), size, [0.05, 0.95], [3.0, 2.0])
 
     z = read(grid, 2)
     for i in range(size):
@@ -54,14 +54,14 @@ def test_z0_runs_along_columns_and_z1_down_rows():
 
 @pytest.mark.parametrize("kld", [[3.0, 2.0], [2.0, 3.0]])
 def test_two_dimensions_keep_their_order_whichever_carries_more(kld):
-    z = read(quantile_grid(transparent(2), 3, [0.05, 0.95], kld), 2)
+    z = read(manifold(transparent(2), 3, [0.05, 0.95], kld), 2)
 
     assert (z[:, 2, 0] > z[:, 0, 0]).all()
     assert (z[2, :, 1] > z[0, :, 1]).all()
 
 
 def test_the_axes_are_quantiles_of_the_prior():
-    grid = quantile_grid(transparent(2), 15, [0.05, 0.95], [1.0, 1.0])
+    grid = manifold(transparent(2), 15, [0.05, 0.95], [1.0, 1.0])
 
     np.testing.assert_allclose(grid.across, norm.ppf(np.linspace(0.05, 0.95, 15)))
     np.testing.assert_allclose(grid.down, norm.ppf(np.linspace(0.05, 0.95, 15)))
@@ -69,13 +69,13 @@ def test_the_axes_are_quantiles_of_the_prior():
 
 
 def test_the_quantiles_at_the_edges_can_be_chosen():
-    grid = quantile_grid(transparent(2), 3, [0.2, 0.6], [1.0, 1.0])
+    grid = manifold(transparent(2), 3, [0.2, 0.6], [1.0, 1.0])
 
     np.testing.assert_allclose(grid.across, norm.ppf([0.2, 0.4, 0.6]))
 
 
 def test_one_dimension_is_a_single_row():
-    grid = quantile_grid(transparent(1), 7, [0.05, 0.95], [3.0])
+    grid = manifold(transparent(1), 7, [0.05, 0.95], [3.0])
 
     assert grid.images.shape == (7, 28, 28)
     assert len(grid.down) == 1
@@ -86,7 +86,7 @@ def test_one_dimension_is_a_single_row():
 def test_of_five_dimensions_the_two_that_carry_most_are_walked_and_the_others_stay_at_zero():
     values = norm.ppf(np.linspace(0.05, 0.95, 4))
 
-    grid = quantile_grid(transparent(5), 4, [0.05, 0.95], [0.1, 2.0, 0.0, 3.0, 1.0])
+    grid = manifold(transparent(5), 4, [0.05, 0.95], [0.1, 2.0, 0.0, 3.0, 1.0])
 
     z = read(grid, 5)
     assert grid.dimensions == (1, 3)

@@ -9,8 +9,8 @@ from scipy.integrate import quad
 from torch.nn import functional as F
 
 from mnist_vae import likelihood
-from mnist_vae.likelihood import importance_nll, quadrature_nll, standard_error
-from mnist_vae.vae import VAE, Architecture, Posterior, negative_log_likelihood
+from mnist_vae.evaluation.likelihood import importance_nll, quadrature_nll, standard_error
+from mnist_vae.model.vae import VAE, VAEConfig, Posterior, negative_log_likelihood
 
 PIXELS = torch.tensor([[0.0, 1.0, 1.0, 0.3], [1.0, 0.0, 0.7, 0.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
 
@@ -22,7 +22,7 @@ def model(decode, latent_dim, mean=0.0, std=1.0):
         at = x.new_full((len(x), latent_dim), mean)
         return Posterior(at, torch.full_like(at, 2 * math.log(std)))
 
-    return SimpleNamespace(architecture=Architecture(latent_dim=latent_dim), encode=encode, decode=decode)
+    return SimpleNamespace(architecture=VAEConfig(latent_dim=latent_dim), encode=encode, decode=decode)
 
 
 def constant(logits):
@@ -37,7 +37,7 @@ def linear(latent_dim, slope=1.5, pixels=4):
 def peaked_vae():
     """A random VAE whose true posteriors are narrow, and whose untrained encoder does not know where they are."""
     torch.manual_seed(0)
-    vae = VAE(Architecture(hidden_dim=16, latent_dim=2, input_dim=50)).double()
+    vae = VAE(VAEConfig(hidden_dim=16, latent_dim=2, input_dim=50)).double()
     vae.decoder[0].weight.data.mul_(2)
     vae.decoder[2].weight.data.mul_(12)
     codes = 1.5 * torch.randn(40, 2, dtype=torch.float64)

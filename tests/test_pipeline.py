@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
 from mnist_vae.params import load_params
-from mnist_vae.report import meaning_of
+from mnist_vae.evaluation.model_card import meaning_of
 from tests.pipeline import run, set_params, stages_run
 
 pytestmark = pytest.mark.slow

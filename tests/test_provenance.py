@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from mnist_vae.provenance import git_state
+from mnist_vae.tracking.provenance import git_state
 
 UNKNOWN = {"git_commit": "unknown", "git_dirty": "unknown"}
 

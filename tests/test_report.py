@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_vae.report import CAVEATS, MEANINGS, model_card, numbers_table
+from mnist_vae.evaluation.model_card import CAVEATS, MEANINGS, model_card, numbers_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ABOUT = ("dataset", "binarize", "images", "test_sha256")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mnist_vae import sample_quality as module
-from mnist_vae.sample_quality import SampleQuality, cloud, features, sample_quality
+from mnist_vae.evaluation.sample_quality import SampleQuality, cloud, features, sample_quality
 
 #            ball of radius 1   of radius 1   of radius 2        (k = 1)
 REAL = torch.tensor([[0.0], [1.0], [3.0]])

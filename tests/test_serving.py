@@ -25,11 +25,11 @@ from mlflow import MlflowClient, pyfunc
 from mlflow.models import Model
 
 from mnist_vae import serving, tracking
-from mnist_vae.checkpoint import Checkpoint, save_checkpoint
+from mnist_vae.model.model_file import Checkpoint, save_model
 from mnist_vae.errors import UserError
-from mnist_vae.serving import Decoder, Encoder
-from mnist_vae.tracking import REGISTERED, register_models, start_run
-from mnist_vae.vae import VAE, Architecture
+from mnist_vae.tracking.serving import Decoder, Encoder
+from mnist_vae.tracking.store import REGISTERED, register_models, start_run
+from mnist_vae.model.vae import VAE, VAEConfig
 
 LATENT_DIM = 3
 Z = np.array([[0.5, -1.0, 0.25], [2.0, 0.0, -3.0]], np.float32)
@@ -47,13 +47,13 @@ def _no_store_from_outside():
 @pytest.fixture(scope="module")
 def vae():
     torch.manual_seed(0)
-    return VAE(Architecture(hidden_dim=8, latent_dim=LATENT_DIM)).eval()
+    return VAE(VAEConfig(hidden_dim=8, latent_dim=LATENT_DIM)).eval()
 
 
 @pytest.fixture(scope="module")
 def path(vae, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "vae.pt"
-    save_checkpoint(path, Checkpoint(vae, "MNIST", [1.0, 0.5, 0.25]))
+    save_model(path, Checkpoint(vae, "MNIST", [1.0, 0.5, 0.25]))
     return path
 
 
@@ -189,7 +189,7 @@ def test_the_packed_code_imports_nothing_of_the_library_but_itself():
             imported |= {getattr(name, "name", name) for name in names}
 
     own = {name for name in imported if name.startswith("mnist_vae")}
-    assert "mnist_vae.checkpoint" in own
+    assert "mnist_vae.model.model_file" in own
     assert own <= {f"mnist_vae.{file.stem}" for file in serving.PACKED}
     assert {name.partition(".")[0] for name in imported - own} - sys.stdlib_module_names <= {"numpy", "torch"}
 
@@ -322,7 +322,7 @@ def test_a_model_that_is_measured_again_stays_one_version_with_the_new_numbers(f
 def test_another_model_of_the_same_run_is_another_version(fresh, path, tmp_path):
     run = tracking.resume_run(fresh, champions(fresh)[0])
     other = tmp_path / "vae.pt"
-    save_checkpoint(other, Checkpoint(VAE(Architecture(8, LATENT_DIM)), "MNIST", [0.0] * LATENT_DIM))
+    save_model(other, Checkpoint(VAE(VAEConfig(8, LATENT_DIM)), "MNIST", [0.0] * LATENT_DIM))
 
     assert register_models(fresh, run, other, MEASURED_ON, 149.0)
 
@@ -367,7 +367,7 @@ def test_a_stage_that_registers_prints_nothing_of_mlflows(fresh, path):
     program = f"""
 import sys; sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from mnist_vae.tracking import register_models, start_run
+from mnist_vae.tracking.store import register_models, start_run
 with start_run(Path(sys.argv[1]), "quiet", {{}}) as run:
     print(register_models(Path(sys.argv[1]), run, Path(sys.argv[2]), {MEASURED_ON!r}, 149.0))
 """

@@ -26,5 +26,5 @@ def test_a_stage_imports_what_it_uses(stage, unneeded):
 
 
 def test_torchvision_is_there_after_lightning_was_imported_without_it():
-    program = "import stages, mnist_vae.training, mnist_vae.mnist, torchvision, scipy.signal"
+    program = "import stages, mnist_vae.training.fit, mnist_vae.sources.mnist, torchvision, scipy.signal"
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from mnist_vae.data import Dataset
+from mnist_vae.data.dataset import Dataset
 from mnist_vae.errors import UserError
-from mnist_vae.tracking import EXPERIMENT, resume_run, start_run
+from mnist_vae.tracking.store import EXPERIMENT, resume_run, start_run
 
 UNKNOWN = "0123456789abcdef0123456789abcdef"
 
@@ -309,7 +309,7 @@ def test_a_deleted_experiment_is_answered_with_the_way_to_get_it_back(fresh):
 
 
 def test_mlflow_sends_nothing_home():
-    program = f"import sys; sys.path[:0] = {sys.path!r}\nimport mnist_vae.tracking, mlflow.telemetry\n"
+    program = f"import sys; sys.path[:0] = {sys.path!r}\nimport mnist_vae.tracking.store, mlflow.telemetry\n"
     program += "print(mlflow.telemetry.get_telemetry_client())"
     plain = {
         name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ
@@ -335,7 +335,7 @@ def both(program, *arguments):
 def test_two_processes_may_make_a_fresh_store_at_once(tmp_path):
     program = """
 from pathlib import Path
-from mnist_vae.tracking import start_run
+from mnist_vae.tracking.store import start_run
 with start_run(Path(sys.argv[1]), "one of two", {}) as run:
     run.log_metrics({"loss": 1.0})
 print(run.id)
@@ -353,7 +353,7 @@ def test_two_stages_at_once_agree_on_the_run_in_place_of_an_unknown_one(fresh):
     program = """
 import os, time
 from pathlib import Path
-from mnist_vae.tracking import MlflowClient, resume_run
+from mnist_vae.tracking.store import MlflowClient, resume_run
 workspace = Path(sys.argv[1])
 
 def search_runs(*args, search=MlflowClient.search_runs, **kwargs):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mnist_vae.errors import UserError
 from mnist_vae.params import Train, load_params
-from mnist_vae.training import Images, fit, hold_out, pixels, seed_everything
-from mnist_vae.vae import VAE, Architecture, negative_elbo
+from mnist_vae.training.fit import Images, fit, hold_out, pixels, seed_everything
+from mnist_vae.model.vae import VAE, VAEConfig, negative_elbo
 
 COMMITTED = Path(__file__).parent.parent / "params.yaml"  # the notebook's settings
-ARCHITECTURE = Architecture(hidden_dim=8, latent_dim=2)
+ARCHITECTURE = VAEConfig(hidden_dim=8, latent_dim=2)
 STANDING_STILL = {"learning_rate": 1e-30, "weight_decay": 0.0}  # no step is large enough to change a weight
 
 
@@ -229,7 +229,7 @@ def test_the_noise_of_validation_is_the_same_at_every_epoch(images):
 
 
 def test_the_validation_loss_is_that_of_the_model_at_the_epochs_end_per_image(images, monkeypatch):
-    monkeypatch.setattr("mnist_vae.training.VALIDATION_BATCH", 20)  # 30 images are a batch and a half
+    monkeypatch.setattr("mnist_vae.training.fit.VALIDATION_BATCH", 20)  # 30 images are a batch and a half
     _, held_out = hold_out(torch.arange(100), 30, seed=1)
     x = torch.from_numpy(images[held_out]).flatten(1).float() / 255
     measured = []
@@ -330,7 +330,7 @@ def test_dynamic_binarisation_draws_anew_at_each_epoch_but_held_out_images_once(
         seen.append(x)
         return negative_elbo(logits, x, *rest)
 
-    monkeypatch.setattr("mnist_vae.training.negative_elbo", recorded)
+    monkeypatch.setattr("mnist_vae.training.fit.negative_elbo", recorded)
     fit(images, ARCHITECTURE, settings(batch_size=100, validation_size=30), redraw_seed=5)
 
     first, held_out, second, held_out_again = seen

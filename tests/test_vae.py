@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from mnist_vae.vae import VAE, Architecture, Posterior, negative_elbo, negative_log_likelihood, to_pixels
+from mnist_vae.model.vae import VAE, VAEConfig, Posterior, negative_elbo, negative_log_likelihood, to_pixels
 
 
 def random(*shape, seed=0):
@@ -95,7 +95,7 @@ def test_the_same_generator_gives_the_same_draw():
 
 def test_the_forward_pass_decodes_a_draw_of_its_generator():
     torch.manual_seed(0)
-    vae, x = VAE(Architecture(hidden_dim=8)), torch.rand(3, 784)
+    vae, x = VAE(VAEConfig(hidden_dim=8)), torch.rand(3, 784)
 
     logits, posterior = vae(x, torch.Generator().manual_seed(4))
 
@@ -103,7 +103,7 @@ def test_the_forward_pass_decodes_a_draw_of_its_generator():
 
 
 def test_layers_are_784_256_2_256_784():
-    vae = VAE(Architecture())
+    vae = VAE(VAEConfig())
 
     by_hand = (784 * 256 + 256) + 2 * (256 * 2 + 2) + (2 * 256 + 256) + (256 * 784 + 784)
 
@@ -116,7 +116,7 @@ def test_layers_are_784_256_2_256_784():
 
 def test_both_hidden_layers_are_rectified():
     torch.manual_seed(0)
-    vae = VAE(Architecture(hidden_dim=8, latent_dim=2))
+    vae = VAE(VAEConfig(hidden_dim=8, latent_dim=2))
     (hidden_in, _), (hidden_out, _, last) = vae.encoder, vae.decoder
     x, z = torch.rand(3, 784), torch.randn(3, 2)
 

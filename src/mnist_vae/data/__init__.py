@@ -1,0 +1,1 @@
+"""Which images: the set itself, and its binarised form."""

@@ -1,0 +1,1 @@
+"""How good a model is: every number, and the card that explains them."""

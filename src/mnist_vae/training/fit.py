@@ -1,0 +1,149 @@
+"""Training from start to end: a Trainer around the module, resumed where it was interrupted."""
+
+import logging
+import math
+import random
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mnist_vae.data.dataset import Images
+from mnist_vae.errors import UserError
+from mnist_vae.model.vae import VAE, VAEConfig
+from mnist_vae.params import Train
+from mnist_vae.training.callbacks import Progress
+from mnist_vae.training.checkpoints import (
+    BEST,
+    LAST,
+    AtomicCheckpointIO,
+    ResumableEarlyStopping,
+    keep,
+    last_checkpoint,
+    load_checkpoint,
+)
+from mnist_vae.training.data_module import ImagesDataModule
+from mnist_vae.training.module import Losses, VAETraining
+
+
+class Fit(NamedTuple):
+    """A trained model and how it came about."""
+
+    vae: VAE  # with the weights of ``best_epoch``
+    history: list[dict[str, float]]  # one row per epoch: epoch, loss, bce, kld (and val_…), nats per image
+    best_epoch: int  # from 1: the one with the lowest validation loss, the last where no images are held out
+    seconds: float  # in the training loop, since it was last resumed
+    resumed_after: int  # epochs that an interrupted training had behind it
+
+    @property
+    def losses(self) -> Losses:
+        """Those of ``best_epoch``."""
+        return {name: value for name, value in self.history[self.best_epoch - 1].items() if name != "epoch"}
+
+
+def fit(
+    images: Images,
+    config: VAEConfig,
+    settings: Train,
+    *,
+    redraw_seed: int | None = None,
+    logger: Logger | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoints: Path | None = None,
+) -> Fit:
+    """Train a VAE on uint8 images (N, 28, 28), from its initial weights to early stopping or the last epoch.
+
+    With ``redraw_seed`` (dynamic binarisation) the pixels are drawn anew from Bernoulli(pixel) at each epoch; those
+    held out for validation are drawn once. With a folder for ``checkpoints``, training goes on from what an
+    interrupted call with the same arguments left there, and ends with the same bits as if nothing had happened.
+    Equal seeds, settings and machines give equal bits; the number of threads is the caller's to set.
+
+    Raises:
+        UserError: too many images held out, an accelerator that is not there, or a loss that is not finite.
+    """
+    data = ImagesDataModule(
+        images,
+        batch_size=settings.batch_size,
+        validation_size=settings.validation_size,
+        seed=settings.seed,
+        redraw_seed=redraw_seed,
+    )
+    validation = settings.validation_size > 0
+    seed_everything(settings.seed)
+    module = VAETraining(VAE(config), settings, redraw_seed, len(data.train_images))
+    with TemporaryDirectory(prefix="checkpoints-") as temporary:
+        folder = checkpoints or Path(temporary)
+        path, epochs = last_checkpoint(folder)
+        if path:
+            print(f"resuming after epoch {epochs} of at most {settings.epochs}", file=sys.stderr)
+        own = [Progress(), *callbacks, ResumableEarlyStopping(settings, validation=validation)]
+        best = [keep(folder, BEST, monitor="val_loss")] if validation else []
+        last = keep(folder, LAST)  # after the best, whose score it holds
+        trainer = _trainer(settings, [*own, *best, last], logger, validation=validation)
+        started = time.perf_counter()
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        except SystemExit as error:  # what Lightning makes of Ctrl-C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from error
+            raise
+        seconds = time.perf_counter() - started
+        best_epoch = len(module.history)
+        if best:
+            chosen = load_checkpoint(Path(best[0].best_model_path))
+            module.load_state_dict(chosen["state_dict"])
+            best_epoch = len(chosen["history"])
+    weights = torch.nn.utils.parameters_to_vector(module.vae.parameters())
+    if not (weights.isfinite().all() and all(math.isfinite(value) for value in module.history[-1].values())):
+        raise UserError(
+            f"training diverged at epoch {len(module.history)}: a weight or a loss is not finite; "
+            "in params.yaml, lower train.learning_rate or raise train.batch_size"
+        )
+    return Fit(module.vae.cpu(), module.history, best_epoch, seconds, epochs)
+
+
+def _trainer(settings: Train, callbacks: list[Callback], logger: Logger | None, *, validation: bool) -> L.Trainer:
+    """A Trainer that reports through our callbacks only.
+
+    Raises:
+        UserError: the accelerator is not there.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no inventory of accelerators
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 beside torch 2.13: nothing a user can act on
+    warnings.filterwarnings("ignore", ".*checkpoint directory.*")  # it is meant to hold what a run left
+    try:
+        return L.Trainer(
+            accelerator=settings.accelerator,
+            devices=1,
+            max_epochs=settings.epochs,
+            callbacks=callbacks,
+            logger=logger or False,
+            plugins=[AtomicCheckpointIO()],
+            log_every_n_steps=1,  # once per epoch is how we log; this keeps Lightning from warning of few steps
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if validation else 0,
+        )
+    except (MisconfigurationException, RuntimeError) as error:
+        raise UserError(f"params.yaml: train.accelerator is {settings.accelerator!r}: {error}") from error
+
+
+def seed_everything(seed: int) -> None:
+    """The notebook's seeds and cuDNN settings."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  for libraries that still draw from the global generator
+    torch.manual_seed(seed)  # every device's
+    torch.backends.cudnn.enabled = True
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = True

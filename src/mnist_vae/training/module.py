@@ -1,0 +1,162 @@
+"""The optimisation of a VAE as a LightningModule around vae.py."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from mnist_vae.errors import UserError
+from mnist_vae.model.latent import to_unit
+from mnist_vae.model.vae import VAE, Loss, negative_elbo
+from mnist_vae.params import Train
+
+Losses = dict[str, float]  # loss, bce, kld (and val_…), nats per image
+
+
+class VAETraining(L.LightningModule):
+    """Adam on the negative ELBO, summed over a mini-batch.
+
+    What Lightning sees as one batch is a chunk of mini-batches (``data_module.CHUNK`` says why), each with an optimiser
+    step of its own: manual optimisation. Losses are in nats per image, once per epoch: logged as ``train/loss``, …,
+    monitored as ``train_loss`` and ``val_loss``, and kept in ``history``.
+    """
+
+    def __init__(self, vae: VAE, settings: Train, redraw_seed: int | None, train_images: int) -> None:
+        """With ``redraw_seed`` (dynamic binarisation) pixels are fresh draws from Bernoulli(pixel) at each epoch."""
+        super().__init__()
+        self.automatic_optimization = False
+        self.vae, self.settings, self.redraw_seed, self.train_images = vae, settings, redraw_seed, train_images
+        self.terms = self._terms if settings.compile == "none" else torch.compile(self._terms, mode=settings.compile)
+        self.train_sums: list[Tensor] = []  # (3,) per chunk of this epoch
+        self.val_sums: list[Tensor] = []
+        self.val_images = 0
+        self.history: list[dict[str, float]] = []  # one row per epoch: epoch, loss, bce, kld (and val_…)
+        self._resumed_generators: dict[str, Tensor] = {}
+
+    def _generator(self, seed: int | None) -> torch.Generator | None:
+        return None if seed is None else torch.Generator(self.device).manual_seed(seed)
+
+    def _terms(self, x: Tensor, generator: torch.Generator | None = None) -> Loss:
+        """The loss of a mini-batch (B, D), summed over it."""
+        logits, posterior = self.vae(x, generator)
+        return negative_elbo(logits, x, posterior, self.settings.kl_weight)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        settings = self.settings
+        optimizer = torch.optim.Adam(
+            self.vae.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        if settings.schedule == "constant":
+            return {"optimizer": optimizer}
+        steps = settings.epochs * self.steps_per_epoch
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}  # type: ignore[return-value]  # it steps by hand
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Mini-batches in an epoch."""
+        return math.ceil(self.train_images / self.settings.batch_size)
+
+    def on_fit_start(self) -> None:
+        self.redraw = self._generator(self.redraw_seed)
+
+    def on_train_epoch_start(self) -> None:
+        self.train_sums.clear()
+        self.steps = 0
+        if self._resumed_generators:
+            self._restore_generators(self._resumed_generators)
+            self._resumed_generators = {}
+
+    def training_step(self, chunk: Tensor, index: int) -> None:
+        """Train on a chunk (≤ CHUNK · batch_size, D) of uint8 images.
+
+        Raises:
+            UserError: the loss of a mini-batch is not finite.
+        """
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        assert not isinstance(schedule, list)
+        losses, total = [], torch.zeros(3, device=self.device)
+        for images in chunk.split(self.settings.batch_size):
+            terms = self.terms(pixels(images, self.redraw))
+            optimizer.zero_grad()
+            self.manual_backward(terms.loss)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()  # type: ignore[call-arg]  # OneCycleLR's takes nothing
+            losses.append(terms.loss.detach())
+            total += torch.stack(terms).detach()
+        if not total.isfinite().all():
+            step = self.steps + 1 + int(torch.stack(losses).isfinite().logical_not().nonzero()[0])
+            raise UserError(
+                f"training diverged at epoch {self.current_epoch + 1}, step {step} of {self.steps_per_epoch}: "
+                "the loss is not finite; in params.yaml, lower train.learning_rate or raise train.batch_size"
+            )
+        self.steps += len(losses)
+        self.train_sums.append(total)
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_sums.clear()
+        self.val_images = 0
+        # The same noise at every epoch: early stopping must not react to luck.
+        self.noise = self._generator(self.settings.seed)
+
+    def validation_step(self, images: Tensor, index: int) -> None:
+        self.val_sums.append(torch.stack(self._terms(pixels(images), self.noise)))
+        self.val_images += len(images)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", per_image(self.val_sums, self.val_images)["loss"], logger=False)
+
+    def on_train_epoch_end(self) -> None:
+        losses = per_image(self.train_sums, self.train_images)
+        self.log("train_loss", losses["loss"], logger=False)
+        logged = {f"train/{name}": value for name, value in losses.items()}
+        if self.val_sums:
+            validation = per_image(self.val_sums, self.val_images)
+            logged |= {f"val/{name}": value for name, value in validation.items()}
+            losses |= {f"val_{name}": value for name, value in validation.items()}
+        epoch = self.current_epoch + 1
+        self.history.append({"epoch": epoch, **losses})
+        for logger in self.loggers:  # not self.log, which would round to float32
+            logger.log_metrics(logged, step=epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not keep: the history and the state of every generator that training draws from."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.redraw is not None:
+            generators["redraw"] = self.redraw.get_state()
+        checkpoint |= {"history": self.history, "generators": generators}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Restored when the next epoch begins: what Lightning sets up before may draw too.
+        self.history, self._resumed_generators = checkpoint["history"], checkpoint["generators"]
+
+    def _restore_generators(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"].cpu())
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
+        if "redraw" in states and self.redraw is not None:
+            self.redraw.set_state(states["redraw"].cpu())
+
+
+def pixels(images: Tensor, redraw: torch.Generator | None = None) -> Tensor:
+    """uint8 images (B, D) as pixels in [0, 1]; with ``redraw`` each is a fresh draw from Bernoulli(pixel)."""
+    gray = to_unit(images)
+    return gray if redraw is None else torch.bernoulli(gray, generator=redraw)
+
+
+def per_image(sums: list[Tensor], images: int) -> Losses:
+    """Sums of the loss's terms, (3,) each, to their means over images; waits for the device."""
+    means = torch.stack(sums).cpu().double().sum(dim=0) / images
+    return dict(zip(Loss._fields, means.tolist(), strict=True))
