@@ -9,23 +9,24 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint ui plots bench bench-quick verify table clean lock
+.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## make .venv with the pinned packages (done by the other targets when needed)
 
-$(READY): requirements.lock tools/plots_page.py
+$(READY): requirements.lock pyproject.toml tools/plots_page.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.x")'
 	@echo "Installing the pinned packages into $(VENV) (a few minutes, once) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@python -m tools.plots_page
 	@touch $@
 
 run: $(READY) ## run the pipeline: data, training, evaluation, pictures
-	@dvc repro
+	@dvc repro || { python -m tools.remedies; exit 1; }
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
 test: $(READY) ## run all tests
@@ -34,12 +35,22 @@ test: $(READY) ## run all tests
 test-fast: $(READY) ## run the tests that take seconds
 	@python -m pytest -m "not slow"
 
-lint: $(READY) ## check style and format
+test-faults: $(READY) ## inject every fault of docs/reliability.md (half an hour; FAULTS=20 takes a sample)
+	@python -m pytest tests/faults -m faults --numprocesses 2
+
+lint: $(READY) ## check style, format and types
 	@ruff check
 	@ruff format --check
+	@mypy
 
-ui: $(READY) ## open MLflow's page: http://127.0.0.1:5000
-	@(sleep 5; python -m webbrowser http://127.0.0.1:5000 >/dev/null) & mlflow ui --workers 1
+audit: $(READY) ## look the pinned packages up among known vulnerabilities (needs the network)
+	@pip-audit --requirement requirements.lock --no-deps --disable-pip
+
+ui: $(READY) ## open the runs of this project in MLflow: http://127.0.0.1:5000
+	@python -m tools.ui
+
+sync: $(READY) ## send MLflow what it has not received yet
+	@python -m mnist_vae.tracking.sender .
 
 plots: $(READY) ## open the page of charts and pictures
 	@dvc plots show
@@ -57,8 +68,8 @@ verify: $(READY) ## run the pipeline in a fresh clone and compare every artifact
 table: $(READY) ## list the experiments as a narrow table (`dvc exp show` has all columns)
 	@dvc exp show --no-pager --drop '.*' --keep 'Experiment|model.latent_dim|(nll|elbo|kld|active_units|knn_accuracy)$$'
 
-clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db)
-	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache dvc_plots dvc_plots_diff
+clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db, not the journal)
+	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache .mypy_cache .hypothesis dvc_plots dvc_plots_diff
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock

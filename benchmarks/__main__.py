@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import ROOT
 from benchmarks.measure import MeasurementError, measure
 from benchmarks.questions import FULL, QUESTIONS, QUICK, Bench, answer
-from benchmarks.table import machine, render
+from benchmarks.results import machine, render
+from tools.clone import ROOT
 
 RESULTS = Path(__file__).with_name("results.md")
 PARTIAL = Path(__file__).with_name("results.partial.md")  # what there is so far, in case the run does not end
@@ -23,7 +23,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    lines, started = machine(ROOT), time.perf_counter()
+    lines, started = machine(), time.perf_counter()
     with TemporaryDirectory(prefix="benchmarks-", ignore_cleanup_errors=True) as folder:
         try:
             measure("prepare", Path(folder))

@@ -13,14 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from benchmarks import ROOT
+from tools.clone import ROOT, environment
 
 TIME_LIMIT_S = 3600
 SHOWN_LINES = 15  # of a failed process's error output
 
 
 class MeasurementError(Exception):
-    """A measurement that did not come about, with what its process said."""
+    """A measurement that failed, with what its process said."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,6 @@ class Sample:
         return f"{self.median:,.{digits}f}{spread}"
 
 
-def environment(threads: int | None = None) -> dict[str, str]:
-    """This process's environment without what a surrounding DVC or MLflow would change, with this Python first."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-    if mirror := kept.get("MNIST_MIRROR"):
-        kept["MNIST_MIRROR"] = mirror if "://" in mirror else str(ROOT / mirror)
-    if threads is not None:
-        kept |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return kept | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")]),
-        "PYTHONPATH": str(ROOT),
-        "MPLBACKEND": "agg",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-
-
 class Worker:
     """``benchmarks.worker`` at one task, started at once; ``result`` waits for it."""
 
@@ -67,7 +52,13 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", task, json.dumps({"threads": threads, **arguments})],
             cwd=folder,
-            env=environment(threads),
+            env=environment(
+                folder,
+                PYTHONPATH=os.pathsep.join(map(str, (ROOT / "src", ROOT))),
+                OMP_NUM_THREADS=str(threads),
+                MKL_NUM_THREADS=str(threads),
+                MPLBACKEND="agg",
+            ),
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,

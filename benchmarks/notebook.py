@@ -2,21 +2,19 @@
 
 A LightningModule with sigmoid and binary cross-entropy, plain Adam, three values logged at every step, a progress
 bar, a CSV log, checkpoints as Lightning makes them by default, and a DataLoader that converts MNIST image by image.
+Import it after ``compat.cure_torchvision()``.
 """
 
 import shutil
-import time
 from io import BytesIO
 from pathlib import Path
 
-from mnist_vae import torchvision_ops  # noqa: F401  before torchvision and lightning
-
-import lightning.pytorch as pl  # isort: skip
+import lightning.pytorch as pl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from scipy.stats import norm
 from torch import Tensor, nn
@@ -24,13 +22,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+from benchmarks.clock import EpochClock
 from mnist_vae.params import Grid, Samples, Train
 
 SIDE = 28
 
 
 class NotebookVAE(pl.LightningModule):
-    """Model and optimisation in one, with pixels, not logits, as the decoder's result."""
+    """Model and optimisation in one; the decoder gives pixels, not logits."""
 
     def __init__(self, settings: Train) -> None:
         super().__init__()
@@ -67,19 +66,6 @@ class NotebookVAE(pl.LightningModule):
             eps=settings.eps,
             weight_decay=settings.weight_decay,
         )
-
-
-class EpochClock(Callback):
-    """Seconds of each epoch, from its first batch to the end of its bookkeeping."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
 
 
 class Notebook:

@@ -4,47 +4,46 @@ A task imports what it needs and nothing else. The folder ``measure.Worker`` sta
 """
 
 import contextlib
-import importlib
-import inspect
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import ROOT
-from benchmarks.accounts import Accounts
+from tools.clone import ROOT
 
 DATASET = Path("dataset.npz")
-TRAINED = Path("vae.pt")
+TRAINED = Path("vae.safetensors")
+MLFLOW_TIME_LIMIT_S = 120  # for the process beside a training to load MLflow and to make its database
 
 
 def prepare() -> dict[str, Any]:
     """MNIST into the current folder: as arrays for the pipeline's side, as torchvision keeps it for the notebook's.
 
     Raises:
-        UserError: MNIST is not to be had. Nothing else is measured in its place.
+        UserError: there is no MNIST. Nothing else is measured in its place.
     """
     from benchmarks.notebook import fetch_mnist
     from mnist_vae.data.dataset import save_dataset
+    from mnist_vae.model.latent import encode
+    from mnist_vae.model.model_file import SavedModel, save_model
+    from mnist_vae.model.vae import VAEConfig
     from mnist_vae.sources.mnist import download_mnist
+    from mnist_vae.training.fit import fit
 
     mirror = os.environ.get("MNIST_MIRROR")
-    dataset = download_mnist(mirror)
-    save_dataset(DATASET, dataset)
+    mnist = download_mnist(mirror)
+    save_dataset(DATASET, mnist)
     fetch_mnist(mirror)
 
-    from mnist_vae.model.model_file import Checkpoint, save_model
-    from mnist_vae.training.fit import fit
-    from mnist_vae.model.vae import VAEConfig
-
     quick = settings(epochs=1, batch_size=256, learning_rate=5e-3, schedule="one_cycle", accelerator="cpu")
-    save_model(TRAINED, Checkpoint(fit(dataset.x_train, VAEConfig(), quick).vae, dataset.name, []))
+    vae = fit(mnist.x_train, VAEConfig(), quick).vae
+    kld_per_dim = encode(vae, mnist.x_test).kld().mean(dim=0).tolist()
+    save_model(TRAINED, SavedModel(vae, mnist.title, kld_per_dim, "benchmark"))
     return {}
 
 
@@ -78,85 +77,98 @@ def whole_notebook(epochs: int) -> dict[str, Any]:
     return {"seconds": seconds, "png_bytes": png_bytes}
 
 
-def pipeline(images: int | None = None, test: bool = False, **changes: Any) -> dict[str, Any]:
-    """``fit`` as the stage train runs it, with each epoch logged to an MLflow store, changed parameters aside.
+def pipeline(images: int | None = None, test: bool = False, kept: bool = True, **changes: Any) -> dict[str, Any]:
+    """``fit`` as the stage train runs it, changed parameters aside.
 
-    ``seconds`` and ``tracking`` per epoch, the former with the latter in it (and the first with the trainer's start);
-    ``total``, the loop's own seconds; ``test_loss`` in nats per image where asked for.
+    ``kept``: with a checkpoint and the losses and samples of each epoch, which go to the journal and on to MLflow.
+    Gives ``seconds`` per epoch; ``total``, those of the whole loop; ``test_loss`` in nats per image where asked for.
     """
-
-    from mnist_vae.pictures import figures, tracking
-    from mnist_vae.model.latent import decode, prior_draws
-    from mnist_vae.training.fit import Epoch, fit
+    from benchmarks.clock import EpochClock
     from mnist_vae.model.vae import VAEConfig
+    from mnist_vae.training.fit import fit
 
-    train, x_train = settings(**{"accelerator": "cpu", **changes}), training_images(images)
-    z, ends, tracked = prior_draws(4 * 18, 2, train.seed), [], []
-    with TemporaryDirectory() as store, tracking.start_run(Path(store), "benchmark", {}) as run:
-
-        def log_epoch(epoch: Epoch) -> None:
-            started = time.perf_counter()
-            run.log_metrics({f"train_{name}": value for name, value in epoch.losses.items()}, step=epoch.number)
-            picture = figures.to_uint8(figures.tile(decode(epoch.vae, z.to(epoch.vae.device)), 18))
-            run.log_image(picture, "samples", step=epoch.number)
-            ends.append(time.perf_counter())
-            tracked.append(ends[-1] - started)
-
-        started = time.perf_counter()
-        trained = fit(x_train, VAEConfig(), train, log_epoch)
-    seconds = [end - start for start, end in zip([started, *ends], ends, strict=False)]
-    result = {"seconds": seconds, "tracking": tracked, "total": trained.seconds, "data_bytes": x_train.nbytes}
-    if test:
-        from mnist_vae.model.cpu import set_up_cpu
-        from mnist_vae.evaluation.evaluate import encode, sampled_bce, summarise_elbo, to_tensor
-
-        set_up_cpu(1)
-        x_test, evaluation = dataset().x_test, parameters().evaluate
-        posterior = encode(trained.vae, x_test)
-        bce = sampled_bce(trained.vae, to_tensor(x_test), posterior, evaluation.draws, evaluation.seed)
-        result["test_loss"] = summarise_elbo(bce, posterior.kld().double(), train.kl_weight)["loss"]
-    return result
+    train, x_train, clock = settings(**{"accelerator": "cpu", **changes}), training_images(images), EpochClock()
+    with keeping(train.seed) if kept else contextlib.nullcontext({"callbacks": [without_checkpoints()]}) as arguments:
+        arguments["callbacks"].append(clock)
+        trained = fit(x_train, VAEConfig(), train, **arguments)
+    result = {"seconds": clock.seconds, "total": trained.seconds, "data_bytes": x_train.nbytes}
+    return {**result, "test_loss": test_loss(trained.vae, train.kl_weight)} if test else result
 
 
-def evaluate(estimator: str, images: int, effort: int) -> dict[str, Any]:
-    """Seconds of one estimator on test images, by repetition; ``effort`` is the draws or importance samples of z."""
-    from mnist_vae.model.model_file import load_model
-    from mnist_vae.evaluation.evaluate import encode, sampled_bce, to_tensor
+@contextlib.contextmanager
+def keeping(seed: int) -> Iterator[dict[str, Any]]:
+    """What the stage train gives ``fit`` so that nothing is lost, in a workspace on the project's own disk.
+
+    MLflow is loaded when training begins; what that costs belongs to the start of a stage.
+    """
+    from mnist_vae.model.vae import VAEConfig
+    from mnist_vae.tracking.logger import JournalLogger
+    from mnist_vae.tracking.session import Session
+    from mnist_vae.training.callbacks import SampleFrames
+
+    disk = ROOT / ".dvc" / "tmp"
+    disk.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix="benchmark-", dir=disk, ignore_cleanup_errors=True) as folder:
+        session = Session(Path(folder), "train")
+        deadline = time.monotonic() + MLFLOW_TIME_LIMIT_S
+        while not Path(folder, "mlflow.db").exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"MLflow has made no database within {MLFLOW_TIME_LIMIT_S} s")
+            time.sleep(0.1)
+        session.begin("benchmark", "", "benchmark", {}, {})
+        yield {
+            "logger": JournalLogger(session),
+            "callbacks": [SampleFrames(VAEConfig().latent_dim, seed)],
+            "checkpoints": Path(folder, "checkpoints"),
+        }
+        session.end("FINISHED")
+        if reason := session.outcome.get("reason"):
+            raise RuntimeError(f"MLflow has not received everything: {reason}")
+
+
+def without_checkpoints() -> Any:
+    """A callback that takes out the checkpoints, which ``fit`` also keeps where nobody will resume."""
+    from lightning.pytorch.callbacks import Callback, Checkpoint
+
+    class WithoutCheckpoints(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, Checkpoint)]
+
+    return WithoutCheckpoints()
+
+
+def test_loss(vae: Any, kl_weight: float) -> float:
+    """The loss on the test images, nats per image."""
+    from mnist_vae.evaluation.evaluate import sampled_bce, summarise_elbo
+    from mnist_vae.model.cpu import set_up_cpu
+    from mnist_vae.model.latent import encode, to_tensor
+
+    set_up_cpu(1)
+    x_test, evaluation = dataset().x_test, parameters().evaluate
+    posterior = encode(vae, x_test)
+    bce = sampled_bce(vae, to_tensor(x_test), posterior, evaluation.draws, evaluation.seed)
+    return float(summarise_elbo(bce, posterior.kld().double(), kl_weight)["loss"])
+
+
+def evaluate(estimator: str, images: int, draws: int) -> dict[str, Any]:
+    """Seconds of one estimator on test images, by repetition, with so many draws of z per image."""
+    from mnist_vae.evaluation.evaluate import sampled_bce
     from mnist_vae.evaluation.likelihood import importance_nll, quadrature_nll
+    from mnist_vae.model.latent import encode, to_tensor
+    from mnist_vae.model.model_file import load_model
 
     vae, x_test = load_model(TRAINED).vae, dataset().x_test
     step = parameters().evaluate.quadrature_step
     run = {
-        "elbo": lambda x: sampled_bce(vae, to_tensor(x), encode(vae, x), effort, seed=1),
-        "importance": lambda x: importance_nll(vae, to_tensor(x), effort),
+        "ELBO": lambda x: sampled_bce(vae, to_tensor(x), encode(vae, x), draws, seed=1),
+        "importance sampling": lambda x: importance_nll(vae, to_tensor(x), draws),
         "quadrature": lambda x: quadrature_nll(vae, to_tensor(x), step),
     }[estimator]
     run(x_test[:100])  # warm-up
     x = repeated(x_test, images)
     started = time.perf_counter()
     run(x)
-    return {"seconds": time.perf_counter() - started, "data_bytes": x.nbytes}
-
-
-def stage(name: str, clone: str) -> dict[str, Any]:
-    """The seconds of one stage of ``clone``, a folder, by account: imports, tracking, compute."""
-    accounts = Accounts()
-    accounts.book_imports()
-    os.chdir(clone)
-    sys.path.insert(0, clone)  # its stages and, by them, its library
-    from stages import WORKSPACE, tracker
-
-    accounts.book_calls("tracking", tracker, ["start", "settle", "_beside"])
-    accounts.book_calls("tracking", Future, ["result"])
-    if name != "download":  # as in stages/__main__.py
-        tracker.start(WORKSPACE)
-    module = importlib.import_module(f"stages.{name}")
-    source = Path(inspect.getfile(module))
-    if not source.is_relative_to(clone):
-        raise RuntimeError(f"{source} is not that of {clone}")
-    module.main()
-    tracker.settle()
-    return {"imports": 0.0, "tracking": 0.0, "compute": 0.0, **accounts.close()}
+    return {"seconds": [time.perf_counter() - started], "data_bytes": x.nbytes}
 
 
 def gpu() -> dict[str, Any]:
@@ -180,7 +192,7 @@ def gpu() -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    task.__name__: task for task in (prepare, bare, notebook, whole_notebook, pipeline, evaluate, stage, gpu)
+    task.__name__: task for task in (prepare, bare, notebook, whole_notebook, pipeline, evaluate, gpu)
 }
 
 
@@ -200,7 +212,7 @@ def settings(**changes: Any):
 def dataset():
     from mnist_vae.data.dataset import load_dataset
 
-    return load_dataset(DATASET, "mnist")
+    return load_dataset(DATASET)
 
 
 def training_images(count: int | None):
@@ -230,13 +242,15 @@ def main() -> None:
         os.sched_setaffinity(0, cpus)
     threads = arguments.pop("threads")
     with contextlib.redirect_stdout(sys.stderr):  # progress bars; stdout is for the result
+        from mnist_vae.compat import cure_torchvision
+        from mnist_vae.model.cpu import set_up_cpu
+
+        cure_torchvision()  # before a task imports lightning
         if "notebook" in task:
             import torch
 
             torch.set_num_threads(threads)
-        elif task != "stage":  # which sets its own, and whose imports are measured
-            from mnist_vae.model.cpu import set_up_cpu
-
+        else:
             set_up_cpu(threads)
         result = TASKS[task](**arguments)
     print(json.dumps({**result, "peak_bytes": peak_bytes()}))

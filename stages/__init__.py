@@ -11,5 +11,6 @@ from pathlib import Path
 
 STAGES = ("download", "train", "evaluate", "render_samples", "render_grid")
 
+PARENT = os.getppid()  # asked for first thing: after a parent has ended, it is another
 HERE = Path(__file__).resolve().parent.parent
 WORKSPACE = Path(os.environ.get("DVC_ROOT", HERE))

@@ -9,8 +9,8 @@ import torch
 from mnist_vae.data.binarization import binarize_dataset, metric_name
 from mnist_vae.data.dataset import Dataset, hold_out, load_dataset
 from mnist_vae.evaluation.codes import active_units
-from mnist_vae.evaluation.evaluate import Evaluation, evaluate
-from mnist_vae.evaluation.model_card import group, model_card
+from mnist_vae.evaluation.evaluate import Evaluation, Metrics, evaluate
+from mnist_vae.evaluation.model_card import COLLAPSED, group, is_detail, model_card
 from mnist_vae.files import atomic_write, write_json, write_text
 from mnist_vae.model.cpu import set_up_cpu
 from mnist_vae.model.latent import decode, leading_dimensions, traverse
@@ -46,7 +46,8 @@ def main(session: Session) -> None:
     write_text(METRICS / "report.md", card(params, dataset, model, evaluation))
     draw(dataset, model, evaluation)
 
-    session.log_metrics({group(name): value for name, value in metrics.items()})
+    charts = [name for name in evaluation.metrics if not is_detail(name)]  # all numbers are in evaluate.json
+    session.log_metrics({metric_name(group(name), binarize): evaluation.metrics[name] for name in charts})
     chosen_by = "val_nll" if "val_nll" in evaluation.metrics else "nll"
     on = {"images": len(held_out), "selected_by": "validation nll"} if chosen_by == "val_nll" else {}
     session.register(MODEL, {**about, "selected_by": "test nll", **on}, float(evaluation.metrics[chosen_by]))
@@ -54,11 +55,15 @@ def main(session: Session) -> None:
         session.log_file(path)
 
     if not evaluation.metrics["active_units"]:
-        collapsed = "the posterior has collapsed: no latent dimension tells images apart"
-        print(f"evaluate: WARNING: {collapsed}; lower train.kl_weight or train longer")
-        session.log_tags({"warning": collapsed})
-    print(f"{dataset.title}, {len(dataset.x_test):,} test images, nats/image: ", end="")
-    print("elbo {elbo:.2f} ± {elbo_se:.2f}, nll {nll:.2f} ± {nll_se:.2f}, kld {kld:.2f}".format(**evaluation.metrics))
+        print(f"evaluate: WARNING: {COLLAPSED}")
+        session.log_tags({"warning": COLLAPSED})
+    print(f"{dataset.title}, {len(dataset.x_test):,} test images, {in_words(evaluation.metrics)}")
+
+
+def in_words(metrics: Metrics) -> str:
+    """The three numbers that say most: ``elbo -155.51 ± 0.01, nll 150.31 ± 0.47, kld 5.61 nats/image``."""
+    text = "elbo {elbo:.2f} ± {elbo_se:.2f}, nll {nll:.2f} ± {nll_se:.2f}, kld {kld:.2f} nats/image"
+    return text.format_map({name: metrics[name] for name in ("elbo", "elbo_se", "nll", "nll_se", "kld")})
 
 
 def card(params: Params, dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> str:
@@ -81,7 +86,8 @@ def card(params: Params, dataset: Dataset, model: SavedModel, evaluation: Evalua
 def draw(dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> None:
     """The pictures of training and of the test set, and its codes as a table."""
     title, means = dataset.title, evaluation.posterior.mean.numpy()
-    losses = read_csv("losses.csv", "train").drop(columns="binarize").to_dict("list")
+    table = read_csv("losses.csv", "train").drop(columns="binarize")
+    losses = {str(name): column.tolist() for name, column in table.items()}
     figures.save_png(PLOTS / "losses.png", figures.losses_figure(losses, model.dataset))
 
     codes = pd.DataFrame(means, columns=[f"z{dim}" for dim in range(means.shape[1])])

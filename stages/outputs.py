@@ -1,13 +1,20 @@
 """A stage's outputs as DVC recorded them: found again after a failure, and removed where they are damaged."""
 
 import hashlib
+import logging
+import os
 import subprocess
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from mnist_vae.files import write_bytes
+from mnist_vae.files import flush_to_disk, write_bytes
+from stages import WORKSPACE
+
+log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
@@ -82,7 +89,27 @@ def _cached(md5_of_file: str) -> Path:
         return Path(repo.cache.local.oid_to_path(md5_of_file))
 
 
-def code_of(stage: str) -> list[Path]:
-    """The source files and folders that dvc.yaml says a stage's results depend on."""
-    pipeline: Any = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))
-    return [Path(path) for path in pipeline["stages"][stage]["deps"] if path.startswith(("src/", "stages/"))]
+def check_cache() -> None:
+    """Have the disk hold what DVC has put into its cache since the last check, and remove objects that are damaged.
+
+    DVC copies small outputs into its cache without waiting for the disk, and never reads an object to see whether a
+    power cut left it whole. Each object is read once.
+    """
+    cache, marker = WORKSPACE / ".dvc/cache/files/md5", WORKSPACE / ".dvc/tmp/cache-checked"
+    since, now = marker.stat().st_mtime if marker.is_file() else 0.0, time.time()
+    new = [found for found in cache.glob("??/*") if found.stat().st_ctime >= since and found.suffix != ".unpacked"]
+    for found in new:
+        flush_to_disk(found)
+        if not is_whole(found):
+            log.warning("%s was damaged on the disk; it is removed from DVC's cache and will be made again", found)
+            found.unlink()
+    if new:
+        write_bytes(marker, b"")
+        os.utime(marker, (now, now))
+
+
+def is_whole(cached: Path) -> bool:
+    """Whether an object of DVC's cache has the hash that its name says."""
+    with cached.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return digest == cached.parent.name + cached.name.removesuffix(".dir")

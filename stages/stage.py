@@ -17,12 +17,13 @@ from filelock import FileLock, Timeout
 
 from mnist_vae.errors import UserError
 from mnist_vae.files import writable
-from mnist_vae.tracking.session import Session
-from stages import WORKSPACE, outputs
+from mnist_vae.tracking.session import Session, Status
+from stages import PARENT, WORKSPACE, outputs
 
 LOCK = Path(".dvc/tmp/stage.lock")
 LOCK_TIMEOUT_S = 60  # a stage whose dvc was killed ends within seconds
 GRACE_S = 15  # for a stage to end in order after its dvc is gone
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHELLS = {"sh", "bash", "dash", "zsh", "fish"}
 
 
@@ -41,9 +42,10 @@ def run_stage(name: str) -> None:
     """
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
+        end_on_signals()
+        end_with_dvc()
         with only_stage_here(name):
-            end_with_dvc()
-            end_on_signals()
+            outputs.check_cache()
             run_tracked(name)
     except UserError as error:
         sys.exit("\n".join(f"{name}: {line}" for line in str(error).splitlines()))
@@ -61,8 +63,6 @@ def run_tracked(name: str) -> None:
         status, reason = in_words(error)
         if session is not None:
             session.end(status, reason, wait=GRACE_S - 5)
-        if isinstance(error, KeyboardInterrupt):
-            raise Stopped(signal.SIGINT) from None
         if isinstance(error, UserError) and (damaged := outputs.remove_damaged(name)):
             files = " and ".join(map(str, damaged))
             raise UserError(
@@ -76,10 +76,8 @@ def run_tracked(name: str) -> None:
             print("champion: `mlflow models serve -m models:/mnist-vae-decoder@champion` answers with this model")
 
 
-def in_words(error: BaseException) -> tuple[str, str]:
+def in_words(error: BaseException) -> tuple[Status, str]:
     """How MLflow calls the end that an exception brings, and the reason to record."""
-    if isinstance(error, KeyboardInterrupt):
-        return "KILLED", "Ctrl-C"
     if isinstance(error, Stopped):
         return "KILLED", error.signal
     return "FAILED", (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -120,13 +118,15 @@ def only_stage_here(name: str) -> Iterator[None]:
 
 
 def end_on_signals() -> None:
-    """Have SIGTERM and SIGHUP end the stage in order, as Ctrl-C does."""
+    """Have Ctrl-C, SIGTERM and SIGHUP end the stage in order, unless they are ignored, as SIGHUP is under nohup."""
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+        for other in heeded:
+            signal.signal(other, signal.SIG_IGN)  # once is enough: what follows must not be cut short
         raise Stopped(number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in heeded:
         signal.signal(number, stop)
 
 
@@ -137,6 +137,8 @@ def end_with_dvc() -> None:
     """
     if "DVC_STAGE" not in os.environ:
         return
+    if os.getppid() != PARENT:  # gone already
+        raise Stopped(signal.SIGTERM)
     ancestors = (parent for parent in psutil.Process().parents() if parent.name() not in SHELLS)
     dvc = next(ancestors, None)
 

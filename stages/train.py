@@ -28,7 +28,7 @@ from mnist_vae.training.callbacks import SampleFrames, in_words
 from mnist_vae.training.fit import Fit, fit
 from stages import HERE, WORKSPACE
 from stages.artifacts import DATASET, LOSSES, METRICS, MODEL, PARAMS
-from stages.outputs import code_of
+from stages.key import code_of
 
 LOCK_TIMEOUT_S = 30
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mnist_vae import torchvision_ops  # noqa: F401  before a test, or pytest-xdist for a warning, imports lightning
+from mnist_vae.compat import cure_torchvision
+
+cure_torchvision()  # before a test, or pytest-xdist for a warning, imports lightning
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = [  # a browser under test has no errands of its own

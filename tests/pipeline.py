@@ -3,17 +3,17 @@
 The clone has a DVC cache, an MLflow store and a git history of its own, so nothing in it reaches the repository.
 """
 
-import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tools.clone import clone, environment, git
+
+__all__ = ["TINY", "clone_working_tree", "commit", "environment", "run", "set_params", "stages_run"]
+
 
 # The whole pipeline in under a minute: the embedded digits, a small model, few draws.
 TINY = {
@@ -30,35 +30,27 @@ TINY = {
     "grid.size": 3,
 }
 
-# What the caller's shell may carry and a clone must not see: another workspace, store, experiment, git folder.
-FOREIGN = ("DVC_", "MLFLOW_", "GIT_")
-
 
 def clone_working_tree(target: Path) -> Path:
-    """A git repository at ``target`` whose one commit is the working tree: what git tracks or does not ignore."""
-    target.mkdir(parents=True)
-    listing = run(REPOSITORY, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout
-    for name in filter(None, listing.split("\0")):
-        source, copy = REPOSITORY / name, target / name
-        if source.is_file():  # a deleted file stays in git's list until the deletion is staged
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy)
-    run(target, "git", "init", "--quiet", "--initial-branch=main")
+    """A clone at ``target`` whose last commit is the working tree: what git tracks or does not ignore."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clone(target, uncommitted=True)
+    git("checkout", "--quiet", "-B", "main", folder=target)
     for name, value in {"user.name": "A Tester", "user.email": "tester@example.org", "commit.gpgsign": "false"}.items():
-        run(target, "git", "config", name, value)
+        git("config", name, value, folder=target)
     return commit(target, "The working tree")
 
 
-def commit(clone: Path, message: str) -> Path:
-    """Commit all that git does not ignore."""
-    run(clone, "git", "add", "--all")
-    run(clone, "git", "commit", "--quiet", "--no-verify", "--message", message)
-    return clone
+def commit(folder: Path, message: str) -> Path:
+    """Commit all that git does not ignore, also where nothing has changed."""
+    git("add", "--all", folder=folder)
+    git("commit", "--quiet", "--no-verify", "--allow-empty", "--message", message, folder=folder)
+    return folder
 
 
-def set_params(clone: Path, values: Mapping[str, Any]) -> None:
+def set_params(folder: Path, values: Mapping[str, Any]) -> None:
     """Change entries of params.yaml, named as ``train.epochs`` is; its comments stay."""
-    yaml, path = YAML(), clone / "params.yaml"
+    yaml, path = YAML(), folder / "params.yaml"
     content = yaml.load(path)
     for name, value in values.items():
         section, _, entry = name.partition(".")
@@ -67,28 +59,17 @@ def set_params(clone: Path, values: Mapping[str, Any]) -> None:
     yaml.dump(content, path)
 
 
-def environment(clone: Path, **extra: str) -> dict[str, str]:
-    """The caller's environment with this interpreter first on the PATH and without what names another workspace."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    env["DVC_SITE_CACHE_DIR"] = str(clone / ".dvc" / "tmp" / "site-cache")  # not in /var, where it would stay
-    mirror = env.get("MNIST_MIRROR")
-    if mirror and "://" not in mirror:  # relative means: to the repository, not to the clone
-        env["MNIST_MIRROR"] = str(REPOSITORY / mirror)
-    return env | extra
-
-
 def run(
-    clone: Path, *argv: str | Path, env: Mapping[str, str] | None = None, check: bool = True, timeout: float = 1200
+    folder: Path, *argv: str | Path, env: Mapping[str, str] | None = None, check: bool = True, timeout: float = 1200
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in ``clone`` with ``env`` added to its clean environment; stdout and stderr are text.
+    """Run a command in ``folder`` with ``env`` added to its clean environment; stdout and stderr are text.
 
     With ``check``, a failing command fails the test and shows all that it printed.
     """
     done = subprocess.run(
         [str(part) for part in argv],
-        cwd=clone,
-        env=environment(clone, **(env or {})),
+        cwd=folder,
+        env=environment(folder, **(env or {})),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mnist_vae.data.binarization import binarize, binarized, column
+from mnist_vae.data.binarization import binarize, binarize_dataset, metric_name
 from mnist_vae.data.dataset import Dataset
 
 
@@ -14,7 +14,7 @@ def gray():
     return Dataset("digits", pixels[:30], labels[:30], pixels[30:], labels[30:])
 
 
-def test_a_pixel_is_on_as_often_as_it_is_bright():
+def test_binarize_turns_a_pixel_on_as_often_as_it_is_bright():
     images = np.full((2000, 28, 28), 64, np.uint8)
     images[:, 0], images[:, 1] = 0, 255
     drawn = binarize(images, seed=1)
@@ -24,29 +24,33 @@ def test_a_pixel_is_on_as_often_as_it_is_bright():
     assert drawn[:, 2:].mean() / 255 == pytest.approx(64 / 255, abs=0.002)
 
 
-def test_a_draw_belongs_to_its_seed(gray):
+def test_binarize_draws_the_same_pixels_for_the_same_seed(gray):
     assert np.array_equal(binarize(gray.x_test, 1), binarize(gray.x_test, 1))
     assert not np.array_equal(binarize(gray.x_test, 1), binarize(gray.x_test, 2))
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_model_of_black_and_white_is_measured_on_black_and_white(gray, kind):
-    measured = binarized(gray, kind, seed=1)
+@pytest.mark.parametrize("setting", ["dynamic", "static"])
+def test_binarize_dataset_makes_all_images_black_and_white(gray, setting):
+    measured = binarize_dataset(gray, setting, seed=1)
     for images in (measured.x_train, measured.x_test):
         assert set(np.unique(images)) == {0, 255}
-    assert f"{kind}ally binarised" in measured.title
-    assert measured.about()["digest"] != gray.about()["digest"]
+    assert measured.binarize == setting
+    assert f"{setting}ally binarised" in measured.title
+    assert measured.about["digest"] != gray.about["digest"]
+    assert measured.y_train is gray.y_train
+    assert measured.y_test is gray.y_test
 
 
-def test_training_and_test_images_get_noise_of_their_own(gray):
+def test_binarize_dataset_draws_training_and_test_images_independently(gray):
     same = Dataset("digits", gray.x_test, gray.y_test, gray.x_test, gray.y_test)
-    measured = binarized(same, "static", seed=1)
+    measured = binarize_dataset(same, "static", seed=1)
     assert not np.array_equal(measured.x_train, measured.x_test)
 
 
-def test_gray_stays_gray(gray):
-    assert binarized(gray, "none", seed=1) is gray
+def test_binarize_dataset_leaves_gray_images_gray(gray):
+    assert binarize_dataset(gray, "none", seed=1) is gray
 
 
-def test_each_kind_has_columns_of_its_own():
-    assert [column("nll", kind) for kind in ("none", "dynamic", "static")] == ["nll", "nll_dynamic", "nll_static"]
+def test_metric_name_keeps_numbers_of_different_pixels_apart():
+    names = [metric_name("nll", setting) for setting in ("none", "dynamic", "static")]
+    assert names == ["nll", "nll_dynamic", "nll_static"]

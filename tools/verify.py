@@ -59,7 +59,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="mnist-vae-verify-"))
     try:
         sys.exit(verify(folder / "mnist-vae"))
-    except (CannotVerifyError, GitError, OSError) as error:
+    except (CannotVerifyError, GitError, OSError, json.JSONDecodeError) as error:
         say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
@@ -179,7 +179,9 @@ def summary(results: Iterable[str], recorded: Mapping[str, str], here: Mapping[s
     if set(words) == {"equal"}:
         return f"The committed run is reproduced: {counted}."
     rows = [[name, recorded.get(name, "not recorded"), value] for name, value in here.items()]
-    if others := [name for name, before, now in rows if before != now]:
+    if not recorded:
+        reason = f"{RECORD} is not committed, so the environment may be the reason."
+    elif others := [name for name, before, now in rows if before != now]:
         reason = (
             f"The reason may be another {', '.join(others)}: it changes the last bits of a sum, and training carries "
             "them on. What counts then is by how much the losses differ."

@@ -124,6 +124,8 @@ def read_or_refuse(path: Path, read: Callable[[Path], Read], remedy: str, damage
         return read(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from error
     except damages as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not what this project writes ({reason}); {remedy}") from error

@@ -1,7 +1,9 @@
 """Data sets as arrays: 28 × 28 gray images with their digits, split into training and test."""
 
 import hashlib
+import io
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,7 @@ BINARIZED: dict[Binarize, str] = {
     "static": ", statically binarised",
 }
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+HEADER_SIZE = 128  # of an array in an .npz, in bytes, however many images it has
 REMEDY = "`dvc repro --force --single-item download` makes it again"
 
 
@@ -46,7 +49,9 @@ class Dataset:
     @cached_property
     def about(self) -> dict[str, Any]:
         """What is in it: name, sizes, the SHA-256 of each array's bytes, and ``digest``, the SHA-256 of those."""
-        sha256 = {array: hashlib.sha256(np.ascontiguousarray(getattr(self, array))).hexdigest() for array in ARRAYS}
+        sha256 = {
+            array: hashlib.sha256(np.ascontiguousarray(getattr(self, array)).data).hexdigest() for array in ARRAYS
+        }
         return {
             "name": self.name,
             "train_images": len(self.x_train),
@@ -62,19 +67,22 @@ def save_dataset(path: Path, dataset: Dataset, asked_for: str | None = None) -> 
     ``asked_for`` is the name of the data set that a person wanted, by default the one that it is.
     """
     with atomic_write(path) as scratch:
-        np.savez(scratch, allow_pickle=False, **{array: getattr(dataset, array) for array in ARRAYS})
+        arrays = {array: np.ascontiguousarray(getattr(dataset, array)) for array in ARRAYS}
+        np.savez(scratch, allow_pickle=False, **arrays)
     write_json(path.with_suffix(".json"), {"asked_for": asked_for or dataset.name, **dataset.about})
 
 
-def load_dataset(path: Path) -> Dataset:
+def load_dataset(path: Path | str) -> Dataset:
     """Read what ``save_dataset`` wrote. Shapes and types are checked before memory is taken, hashes after.
 
     Raises:
         UserError: one of the two files is missing or damaged, or they do not belong together.
     """
-    about = read_or_refuse(path.with_suffix(".json"), _read_about, REMEDY, (ValueError, OSError))
-    damages = (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile)
-    dataset = Dataset(about["name"], **read_or_refuse(path, _read_arrays, REMEDY, damages))
+    path = Path(path)
+    about = read_or_refuse(path.with_suffix(".json"), _read_about, REMEDY, (ValueError, RecursionError))
+    damages = (ValueError, EOFError, RuntimeError, OverflowError, zipfile.BadZipFile)
+    arrays = read_or_refuse(path, _read_arrays, REMEDY, damages)
+    dataset = Dataset(about["name"], arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"])
     if not dataset.about.items() <= about.items():
         raise UserError(f"{path} does not hold the images that {path.with_suffix('.json')} describes; {REMEDY}")
     return dataset
@@ -83,7 +91,7 @@ def load_dataset(path: Path) -> Dataset:
 def _read_about(path: Path) -> dict[str, Any]:
     """The .json of a data set; ValueError where it does not name one."""
     about = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(about, dict) or about.get("name") not in TITLES:
+    if not isinstance(about, dict) or about.get("name") not in list(TITLES):
         raise ValueError(f"it names none of {', '.join(TITLES)}")
     return about
 
@@ -91,8 +99,10 @@ def _read_about(path: Path) -> dict[str, Any]:
 def _read_arrays(path: Path) -> dict[str, Images]:
     """The four arrays of a file; ValueError where they are not what a data set is made of."""
     with zipfile.ZipFile(path) as archive:
+        if (members := archive.namelist()) != [f"{array}.npy" for array in ARRAYS]:
+            raise ValueError(f"it holds {', '.join(members)}, not {', '.join(ARRAYS)}")
         for array in ARRAYS:
-            _check_header(archive, array, size_of_file=path.stat().st_size)
+            _check_member(archive, array, size_of_file=path.stat().st_size)
     with np.load(path, allow_pickle=False) as archive_of_arrays:
         arrays = {array: archive_of_arrays[array] for array in ARRAYS}
     for split in ("train", "test"):
@@ -104,22 +114,23 @@ def _read_arrays(path: Path) -> dict[str, Images]:
     return arrays
 
 
-def _check_header(archive: zipfile.ZipFile, array: str, size_of_file: int) -> None:
-    """ValueError unless a member is a stored uint8 array of the shape that its name asks for, no larger than its file.
+def _check_member(archive: zipfile.ZipFile, array: str, size_of_file: int) -> None:
+    """ValueError unless a member is stored as it is, and begins as numpy's file of such an array does, byte for byte.
 
     An array's header may claim any size, and numpy takes that much memory before it reads.
     """
     info = archive.getinfo(f"{array}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or not info.compress_size == info.file_size <= size_of_file:
+        raise ValueError(f"{array} is compressed, or larger than its file")
+    side = (28, 28) if array.startswith("x") else ()
+    count = (info.file_size - HEADER_SIZE) // math.prod(side)
+    header = io.BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": (count, *side)}
+    np.lib.format.write_array_header_1_0(header, about)
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)  # type: ignore[no-untyped-call]  # numpy annotates it from 2.5 on
-        if version != (1, 0):
-            raise ValueError(f"{array} has a header of version {version}")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)  # type: ignore[no-untyped-call]  # as above
-        expected = shape[:1] + ((28, 28) if array.startswith("x") else ())
-        if dtype != np.uint8 or shape != expected:
-            raise ValueError(f"{array} holds {dtype} of shape {shape}")
-        if info.file_size - member.tell() != np.prod(shape, dtype=object) or info.file_size > size_of_file:
-            raise ValueError(f"{array} of shape {shape} does not fit its file")
+        found = member.read(HEADER_SIZE)
+    if found != header.getvalue() or info.file_size != HEADER_SIZE + count * math.prod(side):
+        raise ValueError(f"{array} does not hold uint8 of shape {('N', *side)}".replace("'", ""))
 
 
 def hold_out(images: Images, size: int, seed: int) -> tuple[Images, Images]:

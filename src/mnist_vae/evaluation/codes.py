@@ -3,7 +3,10 @@
 The codes are the posterior means of the images. Letters in shapes: N images, Z latent dimensions.
 """
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -13,7 +16,11 @@ ACTIVE_VARIANCE = 0.01  # the threshold of Burda et al.
 
 
 def knn_accuracy(
-    train_codes: np.ndarray, train_labels: np.ndarray, test_codes: np.ndarray, test_labels: np.ndarray, neighbours: int
+    train_codes: NDArray[Any],
+    train_labels: NDArray[Any],
+    test_codes: NDArray[Any],
+    test_labels: NDArray[Any],
+    neighbours: int,
 ) -> float:
     """Share of test codes (N, Z) whose label (N,) is the commonest among the nearest ``neighbours`` training codes.
 
@@ -24,7 +31,7 @@ def knn_accuracy(
 
 
 def linear_probe_accuracy(
-    train_codes: np.ndarray, train_labels: np.ndarray, test_codes: np.ndarray, test_labels: np.ndarray
+    train_codes: NDArray[Any], train_labels: NDArray[Any], test_codes: NDArray[Any], test_labels: NDArray[Any]
 ) -> float:
     """Share of test codes (N, Z) whose label (N,) a logistic regression on the training codes gets right.
 
@@ -36,10 +43,11 @@ def linear_probe_accuracy(
     return float(probe.fit(train_codes, train_labels).score(test_codes, test_labels))
 
 
-def active_units(posterior_means: np.ndarray) -> np.ndarray:
+def active_units(posterior_means: NDArray[Any]) -> NDArray[np.bool_]:
     """Which latent dimensions tell images apart, as booleans (Z,), from the posterior means (N, Z) of many images.
 
     Cov_x(E_q(z|x)[z]) > 0.01: section 5.2 of Burda et al., "Importance Weighted Autoencoders", ICLR 2016,
     https://arxiv.org/abs/1509.00519. A dimension that fell back on the prior has the same mean for every image.
     """
-    return posterior_means.var(axis=0) > ACTIVE_VARIANCE
+    active: NDArray[np.bool_] = posterior_means.var(axis=0) > ACTIVE_VARIANCE
+    return active

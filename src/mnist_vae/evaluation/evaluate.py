@@ -92,7 +92,7 @@ def measure_nll(vae: VAE, x: Tensor, settings: Evaluate) -> tuple[Tensor, Metric
     if vae.config.latent_dim <= 2:
         quadrature = quadrature_nll(vae, x, settings.quadrature_step)
         nll = quadrature.nll.double()
-        how = {"nll_method": "quadrature", "nll_halving_change": quadrature.change()}
+        how: Metrics = {"nll_method": "quadrature", "nll_halving_change": quadrature.change()}
     else:
         # Half of the samples twice: two repeats tell how far the random numbers move the result.
         halves = max(1, settings.importance_samples // 2)

@@ -73,6 +73,8 @@ PICTURES = {
     "losses.png": "Losses of each epoch",
 }
 
+COLLAPSED = "the posterior has collapsed: no latent dimension tells images apart; lower train.kl_weight or train longer"
+
 CAVEATS: dict[Binarize, str] = {
     "none": "Pixels are gray, so the Bernoulli likelihood is not normalised: compare with other gray results only.",
     "dynamic": "Training pixels are drawn anew each epoch, test pixels once, as in the work on dynamic MNIST.",
@@ -104,6 +106,7 @@ def model_card(
         "",
         *numbers_table(metrics),
         "",
+        *([f"**Warning:** {COLLAPSED}.", ""] if metrics.get("active_units") == 0 else []),
         f"Sample quality is measured in the space “{FEATURE_SPACE}”, with k = {NEIGHBOURS} and equal numbers of images "
         "on both sides. It compares models of this project with each other and with the reference. It is comparable "
         "neither with the same figures in an Inception or VGG space nor with FID. Smooth pixel means lie closer to "
@@ -154,6 +157,11 @@ def _table(head: str, rows: Mapping[str, Any]) -> list[str]:
 
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def is_detail(name: str) -> bool:
+    """Whether a number says how sure or how composed another one is, and deserves no chart of its own."""
+    return name.endswith("_se") or name.startswith(("nll_", "kld_z", "reference_"))
 
 
 def group(name: str) -> str:

@@ -65,7 +65,10 @@ def manifold(vae: VAE, size: int, quantiles: Sequence[float], kld_per_dim: Seque
     """
     from scipy.special import ndtri  # only here, and a sixth of what a small stage imports
 
-    values = ndtri(np.linspace(*quantiles, size))  # the standard normal's inverse distribution function
+    low, high = quantiles
+    values: Floats = np.asarray(
+        ndtri(np.linspace(low, high, size))
+    )  # the standard normal's inverse distribution function
     latent_dim = vae.config.latent_dim
     down = values if latent_dim > 1 else np.zeros(1)
     dimensions = leading_dimensions(kld_per_dim)

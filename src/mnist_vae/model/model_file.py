@@ -36,15 +36,15 @@ class SavedModel(NamedTuple):
 
 def save_model(path: Path, model: SavedModel) -> None:
     """Write weights and metadata; equal models give equal bytes."""
-    about = {
+    about: dict[str, Any] = {
         "format": FORMAT,
         "config": asdict(model.vae.config),
         "dataset": model.dataset,
         "kld_per_dim": model.kld_per_dim,
         "fingerprint": model.fingerprint,
-        "sha256": _digest(model.vae.state_dict()),
         "versions": {"torch": torch.__version__.partition("+")[0], "safetensors": safetensors.__version__},
     }
+    about["sha256"] = _digest(about, model.vae.state_dict())
     with atomic_write(path) as scratch:
         save_file(model.vae.state_dict(), scratch, metadata={ENTRY: json.dumps(about, sort_keys=True)})
 
@@ -57,7 +57,7 @@ def load_model(path: Path | str) -> SavedModel:
     Raises:
         UserError: the file is missing, damaged, or some other program's.
     """
-    return read_or_refuse(Path(path), _read, REMEDY, (safetensors.SafetensorError, OSError, ValueError))
+    return read_or_refuse(Path(path), _read, REMEDY, (safetensors.SafetensorError, ValueError, RecursionError))
 
 
 def _read(path: Path) -> SavedModel:
@@ -70,19 +70,20 @@ def _read(path: Path) -> SavedModel:
         if {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()} != expected:
             raise ValueError(f"its weights do not fit its config, {about['config']}")
         weights = {name: file.get_tensor(name) for name in expected}
-    if _digest(weights) != about.get("sha256"):
-        raise ValueError("its weights are not those that were written")
+    if _digest(about, weights) != about.get("sha256"):
+        raise ValueError("its weights or its metadata are not those that were written")
     if not all(bool(weight.isfinite().all()) for weight in weights.values()):
         raise ValueError("a weight is not finite")
     vae.load_state_dict(weights, assign=True)
     return SavedModel(vae.eval(), about["dataset"], about["kld_per_dim"], about["fingerprint"])
 
 
-def _digest(weights: dict[str, Tensor]) -> str:
-    """The SHA-256 of the weights' bytes, in the order of their names."""
-    digest = hashlib.sha256()
+def _digest(about: dict[str, Any], weights: dict[str, Tensor]) -> str:
+    """The SHA-256 of the metadata, without their own ``sha256``, and of the weights' bytes in the order of names."""
+    described = {name: value for name, value in about.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for _, weight in sorted(weights.items()):
-        digest.update(weight.contiguous().numpy())
+        digest.update(weight.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -105,6 +106,6 @@ def _checked_metadata(text: str | None) -> dict[str, Any]:
         and all(isinstance(kld, float) and math.isfinite(kld) for kld in klds)
     ):
         raise ValueError("its kld_per_dim is not one finite number for each latent dimension")
-    if not (isinstance(about.get("dataset"), str) and isinstance(about.get("fingerprint"), str)):
+    if {type(about.get("dataset")), type(about.get("fingerprint"))} != {str}:
         raise ValueError("it does not name its data set and its fingerprint")
     return about

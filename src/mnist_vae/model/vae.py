@@ -80,7 +80,8 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent codes (…, Z) to the logits of the pixels (…, D)."""
-        return self.decoder(z)
+        logits: Tensor = self.decoder(z)
+        return logits
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Posterior]:
         """Images (B, D) through one draw of z to the logits of their reconstructions (B, D)."""

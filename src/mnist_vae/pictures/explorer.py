@@ -12,6 +12,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,13 +76,13 @@ def explorer_html(
     return re.sub(r"\{\{(\w+)\}\}", lambda placeholder: fields[placeholder[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def rank_dimensions(activity: NDArray) -> tuple[list[int], list[int]]:
+def rank_dimensions(activity: NDArray[np.floating]) -> tuple[list[int], list[int]]:
     """The dimensions that span the plane, in their own order, and those with a slider, most active first."""
     ranked = np.argsort(-activity, kind="stable").tolist()
     return sorted(ranked[:2]), ranked[2 : 2 + SLIDERS]
 
 
-def decoder_weights(vae: VAE) -> tuple[list[int], NDArray]:
+def decoder_weights(vae: VAE) -> tuple[list[int], NDArray[np.float16]]:
     """The decoder's layer sizes, Z first, and its weights in one row: each layer's matrix (out, in), then its bias.
 
     Half precision halves the page and moves no pixel by more than 1/255.
@@ -95,5 +96,5 @@ def decoder_weights(vae: VAE) -> tuple[list[int], NDArray]:
     return sizes, weights
 
 
-def to_base64(array: NDArray, dtype: str) -> str:
+def to_base64(array: NDArray[Any], dtype: str) -> str:
     return base64.b64encode(array.astype(dtype).tobytes()).decode("ascii")

@@ -6,10 +6,13 @@ five is for testing. Each of the others is trained on as it is and in VARIANTS â
 """
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.ndimage import affine_transform
 from sklearn.datasets import load_digits
 
-from mnist_vae.data.dataset import Dataset
+from mnist_vae.data.dataset import Dataset, Images
+
+Floats = NDArray[np.float64]
 
 VARIANTS = 32
 SEED = 0
@@ -33,15 +36,16 @@ def digits() -> Dataset:
     return Dataset("digits", np.stack(variants), labels[train].repeat(VARIANTS), x_test, labels[test])
 
 
-def bend(generator: np.random.Generator) -> np.ndarray:
+def bend(generator: np.random.Generator) -> Floats:
     """A random small rotation, shear and change of scale: a linear map (2, 2) of (row, column) offsets."""
     angle = np.deg2rad(generator.normal(0, 6))
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shear = np.array([[1, 0], [generator.normal(0, 0.1), 1]])  # slants the strokes, leaves rows level
-    return rotation @ shear @ np.diag(generator.uniform(0.95, 1.2, size=2))
+    linear: Floats = rotation @ shear @ np.diag(generator.uniform(0.95, 1.2, size=2))
+    return linear
 
 
-def enlarge(image: np.ndarray, linear: np.ndarray) -> np.ndarray:
+def enlarge(image: Floats, linear: Floats) -> Images:
     """An image (8, 8) in [0, 1] on a 28 Ã— 28 canvas, (28, 28) uint8, by cubic splines.
 
     ``linear`` maps offsets from the canvas's centre before they are scaled to the small image; the identity puts
@@ -52,4 +56,5 @@ def enlarge(image: np.ndarray, linear: np.ndarray) -> np.ndarray:
     canvas = affine_transform(
         np.pad(image, 2), to_small, small_centre + 2 - to_small @ centre, output_shape=(SIDE, SIDE), order=3
     )
-    return np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
+    image_on_canvas: Images = np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
+    return image_on_canvas

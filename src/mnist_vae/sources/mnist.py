@@ -150,7 +150,7 @@ def _from_network(files: list[File], mirrors: list[str], chosen: str | None) -> 
 
 def _printable(text: str) -> str:
     """``text`` without control characters, and with ``***`` for user and password in addresses, mistyped ones too."""
-    hidden = re.sub(r"((?<=//).*|[^/:]+:[^/]*)@", "***@", text, flags=re.DOTALL)
+    hidden = re.sub(r"(?<=//).*@|[^/:]+:(?!//).*@", "***@", text, flags=re.DOTALL)
     return "".join(character if character.isprintable() else "?" for character in hidden)
 
 
@@ -237,6 +237,8 @@ def _understand(error: Exception, redirected: bool) -> Exception:
             return MirrorError(f"{problem} ({reason})", silent=not redirected)
         case requests.ConnectionError() | ProtocolError() | ReadTimeoutError():
             return MirrorError(f"breaks off ({reason})", passing=True)
+        case requests.exceptions.InvalidURL():
+            return MirrorError("is, or redirects to, a malformed address")  # the reason may quote half a password
         case requests.RequestException() | HTTPError() | ValueError():
             return MirrorError(f"cannot be used ({reason})")
     return UserError(f"MNIST cannot be downloaded: {reason}; correct this machine's set-up, as in REQUESTS_CA_BUNDLE")

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mnist_vae.model.model_file import load_model
 from mnist_vae.model.vae import VAE, to_pixels
 
+Floats = NDArray[np.floating]
 LIBRARY = Path(__file__).resolve().parent.parent
 PACKED = [  # all of the library that answering takes
     *(LIBRARY / f"{module}.py" for module in ("__init__", "errors", "files")),
@@ -29,12 +31,12 @@ class Decoder:
     def __init__(self, vae: VAE) -> None:
         self.vae = vae
 
-    def example(self) -> np.ndarray:
+    def example(self) -> Floats:
         """The centre of the prior, (1, Z)."""
         return np.zeros((1, self.vae.config.latent_dim), np.float32)
 
     @torch.inference_mode()
-    def predict(self, z: np.ndarray) -> np.ndarray:
+    def predict(self, z: Floats) -> Floats:
         """Decode z (N, Z) to images (N, 28, 28).
 
         Raises:
@@ -42,7 +44,8 @@ class Decoder:
         """
         if not np.isfinite(z).all():
             raise ValueError("z must hold finite numbers only")
-        return to_pixels(self.vae.decode(tensor(z))).unflatten(-1, (SIDE, SIDE)).numpy()
+        images: Floats = to_pixels(self.vae.decode(tensor(z))).unflatten(-1, (SIDE, SIDE)).numpy()
+        return images
 
 
 class Encoder:
@@ -51,13 +54,13 @@ class Encoder:
     def __init__(self, vae: VAE) -> None:
         self.vae = vae
 
-    def example(self) -> np.ndarray:
+    def example(self) -> Floats:
         """The image at the centre of the prior, (1, 28, 28)."""
         decoder = Decoder(self.vae)
         return decoder.predict(decoder.example()).round(3)
 
     @torch.inference_mode()
-    def predict(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def predict(self, images: Floats) -> dict[str, Floats]:
         """Encode images (N, 28, 28) to {mean: (N, Z), variance: (N, Z)}.
 
         Raises:
@@ -69,7 +72,7 @@ class Encoder:
         return {"mean": posterior.mean.numpy(), "variance": posterior.log_var.exp().numpy()}
 
 
-SERVED = {"decoder": Decoder, "encoder": Encoder}
+SERVED: dict[str, type[Decoder] | type[Encoder]] = {"decoder": Decoder, "encoder": Encoder}
 
 
 def load(path: Path, part: str) -> Decoder | Encoder:
@@ -77,7 +80,7 @@ def load(path: Path, part: str) -> Decoder | Encoder:
     return SERVED[part](load_model(path).vae)
 
 
-def tensor(array: np.ndarray) -> Tensor:
+def tensor(array: Floats) -> Tensor:
     """A float32 tensor of its own memory: arrays out of a request may be read-only."""
     return torch.tensor(array, dtype=torch.float32)
 

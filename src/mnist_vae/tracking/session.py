@@ -30,6 +30,8 @@ from mnist_vae.tracking.journal import (
 )
 from mnist_vae.tracking.process import process_name
 
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
 WAIT_S = 30  # for the sender, when a stage is over
 
 
@@ -107,7 +109,7 @@ class Session:
         about = {name: str(value) for name, value in measured_on.items()}
         self._append(Models(place=self.place, payload=self._journal.keep(path), measured_on=about, nll=nll))
 
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "", wait: float = WAIT_S) -> None:
+    def end(self, status: Status, reason: str = "", wait: float = WAIT_S) -> None:
         """The stage is over: wait a bounded time for the sender, then warn of what it has not sent."""
         if self.journal is not None:
             end = End(place=self.place, stage=self.stage, process=self.process, status=status, reason=reason)

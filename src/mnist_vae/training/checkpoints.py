@@ -1,7 +1,9 @@
 """Checkpoints that training resumes from: one file per epoch's end, whole even after a power cut."""
 
+import hashlib
+import io
 import pickle
-import zipfile
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,58 +11,89 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from mnist_vae.files import atomic_write
+from mnist_vae.files import write_bytes
 from mnist_vae.params import Train
 
 LAST, BEST = "last", "best"  # names of files, which end in .ckpt
+DIGEST = 64  # characters of a SHA-256
+DAMAGES = (OSError, ValueError, LookupError, pickle.UnpicklingError)
 
-# What torch.load was seen to raise for files with bytes flipped or missing.
-DAMAGES = (
-    *(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(LookupError, AttributeError, TypeError, ValueError),
-)
+
+def path_of(folder: Path, name: str) -> Path:
+    """The file of this name, LAST or BEST."""
+    return folder / f"{name}.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written whole and flushed to the disk, read without running any code in them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_write(Path(path)) as scratch:
-            torch.save(checkpoint, scratch)
+        archive = io.BytesIO()
+        torch.save(checkpoint, archive)
+        write_bytes(Path(path), seal(archive.getvalue()))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return load_checkpoint(Path(path))
 
 
+def seal(archive: bytes) -> bytes:
+    """A zip archive with its SHA-256 as the comment that such an archive may end in: torch compares no checksums."""
+    length = DIGEST.to_bytes(2, "little")  # in place of the last two bytes, which say that there is no comment
+    return archive[:-2] + length + hashlib.sha256(archive).hexdigest().encode()
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU: plain types and tensors, whatever the file holds."""
-    with zipfile.ZipFile(path) as archive:  # torch itself does not compare checksums
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """The content of a checkpoint, on the CPU: plain types and tensors, whatever the file holds.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    sealed = path.read_bytes()
+    if seal(sealed[: -2 - DIGEST] + bytes(2)) != sealed:
+        raise ValueError(f"{path} is damaged")
+    content: dict[str, Any] = torch.load(io.BytesIO(sealed), map_location="cpu", weights_only=True)
     return content
 
 
-def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The file to resume from and how many epochs it has behind it; (None, 0) where there is none that is whole."""
-    path = folder / f"{LAST}.ckpt"
-    if path.is_file():
-        try:
-            return path, len(load_checkpoint(path)["history"])
-        except DAMAGES:
-            path.unlink()
-    return None, 0
+def last_checkpoint(folder: Path, *, validation: bool) -> tuple[Path | None, int]:
+    """The file to resume from and how many epochs it has behind it; (None, 0) where there is none that is whole.
+
+    With ``validation`` the file of the best epoch so far must be whole as well.
+    """
+    last = path_of(folder, LAST)
+    if not last.is_file():
+        return None, 0
+    try:
+        epochs = len(load_checkpoint(last)["history"])
+        if validation:
+            load_checkpoint(path_of(folder, BEST))
+    except DAMAGES:
+        print(f"a checkpoint in {folder} is damaged: training starts again from its first epoch", file=sys.stderr)
+        last.unlink()
+        return None, 0
+    return last, epochs
 
 
-def keep(folder: Path, name: str, monitor: str | None = None) -> ModelCheckpoint:
-    """Keep one file: of the epoch with the lowest ``monitor``, or of the last epoch where nothing is monitored."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename=name,
-        monitor=monitor,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+class Keep(ModelCheckpoint):
+    """Keeps one file: of the epoch with the lowest ``monitor``, or of the last epoch where nothing is monitored."""
+
+    def __init__(self, folder: Path, name: str, monitor: str | None = None) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename=name,
+            monitor=monitor,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the lowest value so far, which Lightning forgets where the folder has been moved."""
+        path = self.format_checkpoint_name({})
+        super().load_state_dict(
+            state_dict
+            | {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
+            | {"best_k_models": {path: state_dict["best_model_score"]}}
+        )
 
 
 class ResumableEarlyStopping(EarlyStopping):

@@ -1,12 +1,12 @@
 """Training from start to end: a Trainer around the module, resumed where it was interrupted."""
 
 import logging
-import math
 import random
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_vae.data.dataset import Images
 from mnist_vae.errors import UserError
@@ -27,10 +27,11 @@ from mnist_vae.training.checkpoints import (
     BEST,
     LAST,
     AtomicCheckpointIO,
+    Keep,
     ResumableEarlyStopping,
-    keep,
     last_checkpoint,
     load_checkpoint,
+    path_of,
 )
 from mnist_vae.training.data_module import ImagesDataModule
 from mnist_vae.training.module import Losses, VAETraining
@@ -81,34 +82,28 @@ def fit(
     validation = settings.validation_size > 0
     seed_everything(settings.seed)
     module = VAETraining(VAE(config), settings, redraw_seed, len(data.train_images))
-    with TemporaryDirectory(prefix="checkpoints-") as temporary:
-        folder = checkpoints or Path(temporary)
-        path, epochs = last_checkpoint(folder)
+    with nullcontext(checkpoints) if checkpoints else TemporaryDirectory(prefix="checkpoints-") as kept:
+        folder = Path(kept)
+        path, epochs = last_checkpoint(folder, validation=validation)
         if path:
             print(f"resuming after epoch {epochs} of at most {settings.epochs}", file=sys.stderr)
         own = [Progress(), *callbacks, ResumableEarlyStopping(settings, validation=validation)]
-        best = [keep(folder, BEST, monitor="val_loss")] if validation else []
-        last = keep(folder, LAST)  # after the best, whose score it holds
+        best = [Keep(folder, BEST, monitor="val_loss")] if validation else []
+        last = Keep(folder, LAST)  # after the best, whose score it holds
         trainer = _trainer(settings, [*own, *best, last], logger, validation=validation)
         started = time.perf_counter()
         try:
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         except SystemExit as error:  # what Lightning makes of Ctrl-C
-            if trainer.interrupted:
+            if trainer.interrupted and type(error) is SystemExit:
                 raise KeyboardInterrupt from error
             raise
         seconds = time.perf_counter() - started
         best_epoch = len(module.history)
         if best:
-            chosen = load_checkpoint(Path(best[0].best_model_path))
+            chosen = load_checkpoint(path_of(folder, BEST))
             module.load_state_dict(chosen["state_dict"])
             best_epoch = len(chosen["history"])
-    weights = torch.nn.utils.parameters_to_vector(module.vae.parameters())
-    if not (weights.isfinite().all() and all(math.isfinite(value) for value in module.history[-1].values())):
-        raise UserError(
-            f"training diverged at epoch {len(module.history)}: a weight or a loss is not finite; "
-            "in params.yaml, lower train.learning_rate or raise train.batch_size"
-        )
     return Fit(module.vae.cpu(), module.history, best_epoch, seconds, epochs)
 
 

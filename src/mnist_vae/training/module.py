@@ -58,7 +58,7 @@ class VAETraining(L.LightningModule):
             return {"optimizer": optimizer}
         steps = settings.epochs * self.steps_per_epoch
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}  # type: ignore[return-value]  # it steps by hand
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,29 +79,33 @@ class VAETraining(L.LightningModule):
         """Train on a chunk (≤ CHUNK · batch_size, D) of uint8 images.
 
         Raises:
-            UserError: the loss of a mini-batch is not finite.
+            UserError: the loss of a mini-batch, or a weight at the epoch's end, is not finite.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         assert not isinstance(schedule, list)
-        losses, total = [], torch.zeros(3, device=self.device)
+        totals = [torch.zeros(3, device=self.device)]  # after each step
         for images in chunk.split(self.settings.batch_size):
             terms = self.terms(pixels(images, self.redraw))
             optimizer.zero_grad()
             self.manual_backward(terms.loss)
             optimizer.step()
             if schedule is not None:
-                schedule.step()  # type: ignore[call-arg]  # OneCycleLR's takes nothing
-            losses.append(terms.loss.detach())
-            total += torch.stack(terms).detach()
-        if not total.isfinite().all():
-            step = self.steps + 1 + int(torch.stack(losses).isfinite().logical_not().nonzero()[0])
-            raise UserError(
-                f"training diverged at epoch {self.current_epoch + 1}, step {step} of {self.steps_per_epoch}: "
-                "the loss is not finite; in params.yaml, lower train.learning_rate or raise train.batch_size"
-            )
-        self.steps += len(losses)
-        self.train_sums.append(total)
+                schedule.step()
+            totals.append(totals[-1] + torch.stack(terms).detach())
+        if not totals[-1].isfinite().all():
+            finite = torch.stack(totals).isfinite().all(dim=1)
+            raise self._diverged(self.steps + int(finite.sum()), "the loss")
+        self.steps += len(totals) - 1
+        self.train_sums.append(totals[-1])
+        if self.steps == self.steps_per_epoch and not all(weight.isfinite().all() for weight in self.vae.parameters()):
+            raise self._diverged(self.steps, "a weight")  # before a checkpoint keeps it
+
+    def _diverged(self, step: int, what: str) -> UserError:
+        return UserError(
+            f"training diverged at epoch {self.current_epoch + 1}, step {step} of {self.steps_per_epoch}: "
+            f"{what} is not finite; in params.yaml, lower train.learning_rate or raise train.batch_size"
+        )
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums.clear()
@@ -114,7 +118,10 @@ class VAETraining(L.LightningModule):
         self.val_images += len(images)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", per_image(self.val_sums, self.val_images)["loss"], logger=False)
+        loss = per_image(self.val_sums, self.val_images)["loss"]
+        if not math.isfinite(loss):
+            raise self._diverged(self.steps, "the validation loss")
+        self.log("val_loss", loss, logger=False)
 
     def on_train_epoch_end(self) -> None:
         losses = per_image(self.train_sums, self.train_images)

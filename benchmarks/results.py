@@ -1,12 +1,14 @@
-"""From what was measured to text: a table per question, and for each of the issue's limits whether it holds."""
+"""From what was measured to text: a table per question, and for each limit whether it holds."""
 
 import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from tools.clone import GitError, git
+from tools.machine import processor
+from tools.table import table
 
 VERSIONS = ("torch", "lightning", "mlflow", "dvc", "numpy")
 
@@ -58,14 +60,14 @@ def render(sections: list[Section], machine: list[str]) -> str:
         "In every round the contenders take turns, each in a process of its own.",
         "\n".join(f"- {line}" for line in machine),
         "## Do the limits hold?",
-        table(["question", "what", "measured", "limit", ""], limits),
+        table(["question", "what", "measured", "limit", ""], limits, numbers=True),
     ]
     for section in sections:
         parts += [f"## {section.title}", section.about]
         if section.failure:
             parts.append(f"This could not be measured:\n\n```\n{section.failure}\n```")
         if section.rows:
-            parts.append(table(section.columns, section.rows))
+            parts.append(table(section.columns, section.rows, numbers=True))
         if section.limits:
             parts.append("\n".join("- {}: {} ({}): {}".format(*limit.row()) for limit in section.limits))
         if section.closing:
@@ -73,37 +75,23 @@ def render(sections: list[Section], machine: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(columns: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    rule = [":--", *["--:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
-
-
-def machine(root: Path) -> list[str]:
+def machine() -> list[str]:
     """Where and when this was measured, with what, of which code; call it before the measurements begin."""
-    from mnist_vae.tracking.provenance import git_state
-
-    git = git_state(root)
-    state = {"true": ", with uncommitted changes", "false": ", without uncommitted changes"}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
     return [
         f"Machine: {processor()}, {os.cpu_count()} cores, {memory:.0f} GiB; {platform.system()} {platform.machine()}; "
         f"load before the start {os.getloadavg()[0]:.2f}",
         f"Versions: Python {platform.python_version()}, {packages}",
-        f"Commit: {git['git_commit']}{state.get(git['git_dirty'], '')}",
+        f"Commit: {commit()}",
         f"Date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     ]
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
+def commit() -> str:
+    """The commit of the code that runs, and whether its files differ from it."""
     try:
-        names = [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or "unknown processor"
+        changes = "with" if git("status", "--porcelain") else "without"
+        return f"{git('rev-parse', 'HEAD').strip()}, {changes} uncommitted changes"
+    except GitError:
+        return "unknown"
