@@ -47,7 +47,7 @@ def obtain(asked_for: Data) -> Dataset:
 
 def cached_mnist() -> Dataset | None:
     """MNIST as dvc.lock names it, from DVC's cache; None where it is not there, or dvc.lock is of another data set."""
-    contents = {output.path: output.recorded() for output in outputs.locked("download", "outs")}
+    contents = {output.path: output.recorded() for output in outputs.locked("download")}
     about, images = contents.get(ABOUT_DATASET), contents.get(DATASET)
     if not about or not images or b'"name": "mnist"' not in about:
         return None

@@ -3,16 +3,21 @@
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from mnist_vae.errors import UserError
 from mnist_vae.files import flush_to_disk, write_bytes
 from stages import WORKSPACE
+
+OBJECT = re.compile(r"[0-9a-f]{30}(\.dir)?")  # the name of a file in DVC's cache; others are still being written
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +28,14 @@ class Output(NamedTuple):
     path: Path
     md5: str
 
+    def is_there(self) -> bool:
+        """Whether the file is what DVC recorded."""
+        return self.path.is_file() and md5(self.path.read_bytes()) == self.md5
+
     def recorded(self) -> bytes | None:
         """Its content, from DVC's cache or from git's last commit; None where neither has it."""
-        found = _cached(self.md5)
-        for content in (
-            found.read_bytes() if found.is_file() else b"",
-            subprocess.run(["git", "show", f"HEAD:./{self.path}"], capture_output=True, check=False).stdout,
-        ):
-            if md5(content) == self.md5:
+        for content in (_from_cache(self.md5), _from_git(self.path)):
+            if content is not None and md5(content) == self.md5:
                 return content
         return None
 
@@ -40,27 +45,39 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def locked(stage: str, entry: str) -> list[Output]:
-    """The ``outs`` or ``deps`` of a stage in dvc.lock that are single files; none where there is no good dvc.lock."""
+def locked(*stages: str) -> list[Output]:
+    """The outputs of some stages, or of all, in dvc.lock; none where there is no good dvc.lock."""
     try:
-        lock = YAML(typ="safe", pure=True).load(Path("dvc.lock"))
-        found = lock["stages"][stage].get(entry, [])
-        return [Output(Path(one["path"]), one["md5"]) for one in found if not one["md5"].endswith(".dir")]
+        lock = YAML(typ="safe", pure=True).load(Path("dvc.lock"))["stages"]
+        found = [out for stage in stages or lock for out in lock.get(stage, {}).get("outs", [])]
+        return [Output(Path(out["path"]), out["md5"]) for out in found]
     except (OSError, YAMLError, LookupError, TypeError, AttributeError):
         return []
 
 
+def declared(stage: str, *entries: str) -> set[Path]:
+    """The files that dvc.yaml has under some entries of a stage."""
+    pipeline: Any = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))
+    found = [one for entry in entries for one in pipeline["stages"][stage].get(entry, [])]
+    return {Path(next(iter(one)) if isinstance(one, dict) else one) for one in found}
+
+
 def restore(stage: str) -> None:
     """Put back all outputs of the last success, which DVC removed before the stage began; all of them or none."""
-    outputs = locked(stage, "outs")
-    contents = {output.path: output.recorded() for output in outputs}
-    whole = bool(outputs) and None not in contents.values()
-    for path, content in contents.items():
-        if whole and content is not None:
-            if not path.is_file() or path.read_bytes() != content:
-                write_bytes(path, content)
-        else:
-            path.unlink(missing_ok=True)
+    outputs = locked(stage)
+    missing = [output for output in outputs if not output.is_there()]
+    there = {output.path for output in outputs} - {output.path for output in missing}
+    for path in declared(stage, "outs", "metrics", "plots") - there:
+        path.unlink(missing_ok=True)
+    try:
+        for output in missing:
+            content = output.recorded()
+            if content is None:
+                raise FileNotFoundError(output.path)
+            write_bytes(output.path, content)
+    except (OSError, UserError):  # it is nowhere to be found, or the disk is full
+        for output in outputs:
+            output.path.unlink(missing_ok=True)
 
 
 def remove_damaged(stage: str) -> list[Path]:
@@ -68,42 +85,37 @@ def remove_damaged(stage: str) -> list[Path]:
 
     DVC trusts its cache unread. Without the damaged object, the next `dvc repro` makes the file again.
     """
-    damaged = []
-    for dependency in locked(stage, "deps"):
-        if dependency.path.parts[0] in {"src", "stages"} or not dependency.path.is_file():
-            continue
-        if md5(dependency.path.read_bytes()) != dependency.md5:
-            cached = _cached(dependency.md5)
-            if cached.is_file() and md5(cached.read_bytes()) != dependency.md5:
+    inputs, damaged = declared(stage, "deps"), []
+    for output in locked():
+        if output.path in inputs and output.path.is_file() and not output.is_there():
+            cached = _cached(output.md5)
+            if cached is not None and cached.is_file() and not is_whole(cached):
                 cached.unlink()
-                dependency.path.unlink()
-                damaged.append(dependency.path)
+                output.path.unlink()
+                damaged.append(output.path)
     return damaged
-
-
-def _cached(md5_of_file: str) -> Path:
-    """Where DVC's cache has an object."""
-    from dvc.repo import Repo
-
-    with Repo() as repo:
-        return Path(repo.cache.local.oid_to_path(md5_of_file))
 
 
 def check_cache() -> None:
     """Have the disk hold what DVC has put into its cache since the last check, and remove objects that are damaged.
 
     DVC copies small outputs into its cache without waiting for the disk, and never reads an object to see whether a
-    power cut left it whole. Each object is read once.
+    power cut left it whole. Each object is read once. Files that DVC made from a damaged one go with it.
     """
     cache, marker = WORKSPACE / ".dvc/cache/files/md5", WORKSPACE / ".dvc/tmp/cache-checked"
     since, now = marker.stat().st_mtime if marker.is_file() else 0.0, time.time()
-    new = [found for found in cache.glob("??/*") if found.stat().st_ctime >= since and found.suffix != ".unpacked"]
-    for found in new:
-        flush_to_disk(found)
-        if not is_whole(found):
-            log.warning("%s was damaged on the disk; it is removed from DVC's cache and will be made again", found)
-            found.unlink()
-    if new:
+    for found in cache.glob("??/*"):
+        with suppress(FileNotFoundError):  # another process may have removed it
+            if not OBJECT.fullmatch(found.name) or found.stat().st_ctime < since:
+                continue
+            flush_to_disk(found)
+            if not is_whole(found):
+                log.warning("%s was damaged on the disk; it is removed and will be made again", found)
+                for output in locked():
+                    if output.md5 == name_of(found) and not output.is_there():
+                        output.path.unlink(missing_ok=True)
+                found.unlink()
+    if cache.is_dir():
         write_bytes(marker, b"")
         os.utime(marker, (now, now))
 
@@ -112,4 +124,34 @@ def is_whole(cached: Path) -> bool:
     """Whether an object of DVC's cache has the hash that its name says."""
     with cached.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    return digest == cached.parent.name + cached.name.removesuffix(".dir")
+    return digest == name_of(cached).removesuffix(".dir")
+
+
+def name_of(cached: Path) -> str:
+    """The hash by which DVC looks for an object of its cache."""
+    return cached.parent.name + cached.name
+
+
+def _from_cache(md5_of_file: str) -> bytes | None:
+    cached = _cached(md5_of_file)
+    return cached.read_bytes() if cached is not None and cached.is_file() else None
+
+
+def _from_git(path: Path) -> bytes | None:
+    """The file in git's last commit; None where there is no git, no commit, or no such file."""
+    try:
+        return subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cached(md5_of_file: str) -> Path | None:
+    """Where DVC's cache has an object, if it has it; None where there is no DVC."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            return Path(repo.cache.local.oid_to_path(md5_of_file))
+    except DvcException:
+        return None

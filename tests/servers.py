@@ -78,11 +78,13 @@ def flood(status: int, **headers: object) -> Answer:
 
 
 def drip(beginning: bytes) -> Answer:
-    """``beginning``, then a byte every hundredth of a second for ever."""
+    """``beginning``, then a byte every hundredth of a second, for longer than a test should wait."""
 
     def answer(handler: Handler) -> None:
         handler.wfile.write(beginning)
-        while not handler.server.closing.wait(0.01):
+        for _ in range(500):
+            if handler.server.closing.wait(0.01):
+                break
             handler.wfile.write(b"x")
 
     return answer

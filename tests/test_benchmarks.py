@@ -14,7 +14,7 @@ from benchmarks.measure import MeasurementError, Sample, Worker, alternate, meas
 from benchmarks.questions import FAST, FULL, QUESTIONS, QUICK, answer
 from benchmarks.repro import STAGES, import_seconds, work_ended
 from benchmarks.results import Limit, Section, machine, render
-from benchmarks.worker import parameters, repeated, settings
+from benchmarks.worker import parameters, repeated, settings, without_checkpoints
 from tools.clone import ROOT
 
 
@@ -44,6 +44,18 @@ def test_bare_loop_and_fit_do_the_same_optimisation(images):
 
     assert [epoch.loss for epoch in bare] == pytest.approx([row["loss"] for row in fitted], rel=1e-4)
     assert bare[-1].loss < 0.7 * bare[0].loss
+
+
+def test_without_checkpoints_keeps_fit_from_writing_any(images, tmp_path):
+    from mnist_vae.model.vae import VAEConfig
+    from mnist_vae.training.fit import fit
+
+    train = settings(epochs=1, accelerator="cpu")
+
+    fit(images, VAEConfig(), train, checkpoints=tmp_path / "with")
+    fit(images, VAEConfig(), train, checkpoints=tmp_path / "without", callbacks=[without_checkpoints()])
+
+    assert [path.parent.name for path in tmp_path.rglob("*.ckpt")] == ["with"]
 
 
 def test_notebook_does_the_same_optimisation(images, tmp_path, monkeypatch):

@@ -23,14 +23,14 @@ def rings(codes, seed):
     return (1 + 2 * labels)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1), labels
 
 
-def test_both_read_separate_clusters_without_a_mistake():
+def test_knn_and_linear_probe_classify_separate_clusters_without_a_mistake():
     train, test = clusters(400, seed=0), clusters(100, seed=1)
 
     assert knn_accuracy(*train, *test, neighbours=5) == 1
     assert linear_probe_accuracy(*train, *test) == 1
 
 
-def test_both_are_at_chance_when_labels_are_shuffled():
+def test_knn_and_linear_probe_are_at_chance_when_labels_are_shuffled():
     (codes, labels), test = clusters(2000, seed=0), clusters(2000, seed=1)
     shuffled = np.random.default_rng(2).permutation(labels)
 
@@ -38,14 +38,14 @@ def test_both_are_at_chance_when_labels_are_shuffled():
     assert linear_probe_accuracy(codes, shuffled, *test) == pytest.approx(1 / 4, abs=0.08)
 
 
-def test_rings_are_clear_to_neighbours_but_not_to_straight_lines():
+def test_knn_separates_rings_and_the_linear_probe_does_not():
     train, test = rings(400, seed=0), rings(400, seed=1)
 
     assert knn_accuracy(*train, *test, neighbours=5) == 1
     assert linear_probe_accuracy(*train, *test) < 0.7
 
 
-def test_neighbours_outvote_a_single_wrong_label():
+def test_knn_accuracy_lets_neighbours_outvote_a_single_wrong_label():
     codes, labels = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]), np.array([1, 0, 0, 1, 1, 1])
     test = np.array([[0.0], [5.0]]), np.array([0, 1])
 
@@ -53,14 +53,14 @@ def test_neighbours_outvote_a_single_wrong_label():
     assert knn_accuracy(codes, labels, *test, neighbours=3) == 1
 
 
-def test_the_probe_does_not_depend_on_the_scale_of_a_dimension():
+def test_linear_probe_accuracy_does_not_depend_on_the_scale_of_a_dimension():
     (train, train_labels), (test, test_labels) = clusters(400, seed=0), clusters(100, seed=1)
     scale = np.array([1e-4, 1.0])
 
     assert linear_probe_accuracy(train * scale, train_labels, test * scale, test_labels) == 1
 
 
-def test_a_dimension_is_active_when_its_mean_varies_over_images_by_more_than_a_hundredth():
+def test_active_units_are_dimensions_whose_mean_varies_over_images_by_more_than_a_hundredth():
     means = np.array([[0.0, 3.0, 1.00], [0.0, 3.0, 1.30], [0.0, 3.0, 1.00], [0.0, 3.1, 1.30]])  # variances 0, <, >
 
     assert active_units(means).tolist() == [False, False, True]

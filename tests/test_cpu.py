@@ -16,7 +16,7 @@ def run(program):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_denormal_numbers_count_as_zero_on_every_thread(threads):
+def test_set_up_cpu_takes_denormal_numbers_for_zero_on_every_thread(threads):
     program = f"""
 import torch
 from mnist_vae.model.cpu import set_up_cpu
@@ -27,7 +27,7 @@ print(torch.get_num_threads(), (denormal * 1e-20).count_nonzero().item())
     assert run(program) == [str(threads), "0"]
 
 
-def test_the_loss_of_a_sure_pixel_is_unchanged():
+def test_set_up_cpu_does_not_change_the_loss_of_a_certain_pixel():
     program = """
 import torch
 from mnist_vae.model.cpu import set_up_cpu

@@ -1,5 +1,6 @@
 """Data sets on disk: what was saved comes back, anything else is refused with a remedy."""
 
+import io
 import json
 import zipfile
 from dataclasses import replace
@@ -172,6 +173,30 @@ def test_load_dataset_refuses_a_compressed_archive(path, dataset):
     assert "x_train is compressed" in refusal(path)
 
 
+def test_load_dataset_refuses_an_archive_that_passes_for_a_compressed_one(path, dataset):
+    save_dataset(path, dataset)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 10] = zipfile.ZIP_DEFLATED  # of the first member, as the directory has it
+    path.write_bytes(content)
+
+    assert "x_train is compressed" in refusal(path)
+
+
+def test_load_dataset_refuses_an_array_that_claims_more_than_its_file_holds(path, dataset):
+    save_dataset(path, dataset)
+    shape = (100_000_000, 28, 28)
+    with zipfile.ZipFile(path, "w") as archive:
+        for array in ARRAYS:
+            content = io.BytesIO()
+            np.lib.format.write_array(content, getattr(dataset, array))
+            archive.writestr(
+                f"{array}.npy", content.getvalue().replace(b"(50, 28, 28), }      ", b"%s, }" % str(shape).encode())
+            )
+        archive.filelist[0].file_size = archive.filelist[0].compress_size = 128 + np.prod(shape).item()
+
+    assert "x_train is compressed, or larger than its file" in refusal(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -179,7 +204,7 @@ def test_load_dataset_refuses_a_compressed_archive(path, dataset):
         ({"x_train": np.zeros((50, 28, 28), np.float32)}, "x_train does not hold uint8 of shape (N, 28, 28)"),
         ({"x_test": np.zeros((20, 784), np.uint8)}, "x_test does not hold uint8 of shape (N, 28, 28)"),
         ({"y_train": np.zeros(49, np.uint8)}, "50 train images with 49 labels"),
-        ({"y_test": np.zeros((20, 10), np.uint8)}, "y_test does not hold uint8 of shape (N)"),
+        ({"y_test": np.zeros((20, 10), np.uint8)}, "y_test does not hold uint8 of shape (N,)"),
         ({"y_test": np.full(20, 10, np.uint8)}, "a label is 10, and a digit is at most 9"),
         ({"x_test": np.zeros((0, 28, 28), np.uint8), "y_test": np.zeros(0, np.uint8)}, "0 test images with 0 labels"),
     ],

@@ -19,7 +19,7 @@ def rows(images):
     return {image.tobytes() for image in images}
 
 
-def test_images_and_labels_have_mnists_shape_and_type(digits_dataset):
+def test_digits_have_mnists_shape_and_type(digits_dataset):
     assert digits_dataset.name == "digits"
     assert digits_dataset.x_train.shape == (1438 * VARIANTS, 28, 28)
     assert digits_dataset.x_test.shape == (359, 28, 28)
@@ -31,34 +31,34 @@ def test_images_and_labels_have_mnists_shape_and_type(digits_dataset):
         assert y.shape == x.shape[:1]
 
 
-def test_ink_is_white_on_black_and_uses_the_whole_range(digits_dataset):
+def test_digits_are_white_on_black_and_use_the_whole_range(digits_dataset):
     assert digits_dataset.x_test.max() == 255
     assert (digits_dataset.x_test[:, 0, 0] == 0).all()
 
 
-def test_each_digit_occurs_in_both_splits(digits_dataset):
+def test_digits_hold_each_digit_in_both_splits(digits_dataset):
     assert np.bincount(digits_dataset.y_train, minlength=10).min() > 100 * VARIANTS
     assert np.bincount(digits_dataset.y_test, minlength=10).min() > 15
 
 
-def test_test_images_are_the_originals_made_larger_each_once(digits_dataset, small):
+def test_digits_test_on_enlarged_originals_each_once(digits_dataset, small):
     originals = {enlarge(image, np.eye(2)).tobytes(): label for image, label in zip(*small, strict=True)}
 
     assert [originals.pop(image.tobytes()) for image in digits_dataset.x_test] == digits_dataset.y_test.tolist()
 
 
-def test_no_test_image_is_trained_on(digits_dataset):
+def test_digits_train_on_no_test_image(digits_dataset):
     assert not rows(digits_dataset.x_test) & rows(digits_dataset.x_train)
 
 
-def test_the_forms_of_an_original_are_all_on_one_side(digits_dataset, small):
+def test_digits_keep_all_forms_of_an_original_in_one_split(digits_dataset, small):
     unbent = digits_dataset.x_train[::VARIANTS]
 
     assert len(rows(unbent) | rows(digits_dataset.x_test)) == len(small[0])
     assert rows(unbent) | rows(digits_dataset.x_test) == rows(enlarge(image, np.eye(2)) for image in small[0])
 
 
-def test_bent_forms_differ_from_each_other_and_still_show_their_original(digits_dataset):
+def test_bend_makes_forms_that_differ_and_still_show_their_original(digits_dataset):
     forms = digits_dataset.x_train[: 40 * VARIANTS].reshape(40, VARIANTS, 784).astype(float)
     forms /= np.linalg.norm(forms, axis=-1, keepdims=True)
     likest = (forms[:, 1:] @ forms[:, 0].T).argmax(axis=-1)  # (40, VARIANTS − 1)
@@ -67,7 +67,7 @@ def test_bent_forms_differ_from_each_other_and_still_show_their_original(digits_
     assert (likest == np.arange(40)[:, None]).mean() > 0.85
 
 
-def test_labels_follow_their_images(digits_dataset, small):
+def test_digits_keep_labels_with_their_images(digits_dataset, small):
     labels = {enlarge(image, np.eye(2)).tobytes(): label for image, label in zip(*small, strict=True)}
     of_training = digits_dataset.y_train.reshape(-1, VARIANTS)
 
@@ -75,7 +75,7 @@ def test_labels_follow_their_images(digits_dataset, small):
     assert (of_training == of_training[:, :1]).all()
 
 
-def test_the_digit_is_upright_and_in_the_middle(small):
+def test_enlarge_keeps_the_digit_upright_and_in_the_middle(small):
     for image in small[0][:20]:
         enlarged = enlarge(image, np.eye(2))[4:24, 4:24]
         resized = zoom(image, BOX / 8, order=1, grid_mode=True, mode="nearest")
@@ -83,7 +83,7 @@ def test_the_digit_is_upright_and_in_the_middle(small):
         assert np.corrcoef(enlarged.ravel(), resized.ravel())[0, 1] > 0.9
 
 
-def test_ink_stays_in_the_middle_20_by_20_box_but_for_a_soft_edge(digits_dataset):
+def test_enlarge_keeps_ink_in_the_middle_20_by_20_box_but_for_a_soft_edge(digits_dataset):
     outside = digits_dataset.x_test.copy()
     outside[:, 3:25, 3:25] = 0  # cubic splines bleed a pixel, and ring faintly
 
@@ -93,7 +93,7 @@ def test_ink_stays_in_the_middle_20_by_20_box_but_for_a_soft_edge(digits_dataset
     assert rows_used[[4, 23]].min() > 128
 
 
-def test_every_build_is_the_same(digits_dataset, monkeypatch):
+def test_digits_are_the_same_every_time(digits_dataset, monkeypatch):
     monkeypatch.setattr("mnist_vae.sources.digits.VARIANTS", 2)  # the first bend is then the same, and it takes less time
     again = digits()
 

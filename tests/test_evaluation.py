@@ -1,4 +1,6 @@
-"""Codes, and the ELBO with its error, against models whose loss is known otherwise."""
+"""Every number of an evaluation, against models whose loss is known otherwise."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,10 +8,24 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from mnist_vae import encoding, evaluation
+from mnist_vae.data.binarization import binarize_dataset
+from mnist_vae.data.dataset import Dataset
+from mnist_vae.evaluation import evaluate as module
+from mnist_vae.evaluation.evaluate import SampledBce, evaluate, measure_nll, sampled_bce, summarise_elbo
+from mnist_vae.evaluation.likelihood import importance_nll, quadrature_nll
+from mnist_vae.evaluation.model_card import meaning_of
+from mnist_vae.model import latent
 from mnist_vae.model.latent import encode, to_tensor
-from mnist_vae.evaluation.evaluate import sampled_bce, summarise_elbo
-from mnist_vae.model.vae import VAE, VAEConfig, Posterior
+from mnist_vae.model.vae import VAE, Posterior, VAEConfig
+from mnist_vae.params import Evaluate
+
+SETTINGS = Evaluate(seed=1, draws=2, quadrature_step=0.5, importance_samples=5, neighbours=5, quality_images=3000)
+
+
+@pytest.fixture
+def dataset(digits_dataset):
+    part = digits_dataset
+    return Dataset("digits", part.x_train[:7200:32], part.y_train[:7200:32], part.x_test[:60], part.y_test[:60])
 
 
 @pytest.fixture
@@ -18,9 +34,18 @@ def images(digits_dataset):
 
 
 @pytest.fixture
-def vae():
+def held_out(digits_dataset):
+    return digits_dataset.x_train[-40:]
+
+
+def untrained(latent_dim=2):
     torch.manual_seed(0)
-    return VAE(VAEConfig(hidden_dim=16, latent_dim=2)).eval()
+    return VAE(VAEConfig(hidden_dim=16, latent_dim=latent_dim)).eval()
+
+
+@pytest.fixture
+def vae():
+    return untrained()
 
 
 def constant_decoder(logits):
@@ -49,11 +74,14 @@ def log_sigmoid(logits):
     return -np.log1p(np.exp(-logits))
 
 
-def test_the_summary_of_draws_by_hand():
+# the ELBO
+
+
+def test_summarise_elbo_matches_a_calculation_by_hand():
     bce = torch.tensor([[100.0, 110.0], [104.0, 114.0], [99.0, 109.0]]).double()  # means over images: 105, 109, 104
     kld = torch.tensor([[1.0, 2.0], [3.0, 6.0]]).double()  # 3 and 9 nats
 
-    summary = summarise_elbo(bce, kld, kl_weight=0.5)
+    summary = summarise_elbo(SampledBce(bce.mean(dim=0), bce.mean(dim=1)), kld, kl_weight=0.5)
 
     se = np.sqrt((1 + 9 + 4) / 2) / np.sqrt(3)
     assert {name: summary[name] for name in ("loss", "loss_se", "bce", "kld", "elbo", "elbo_se")} == pytest.approx(
@@ -62,26 +90,30 @@ def test_the_summary_of_draws_by_hand():
     assert (summary["kld_z0"], summary["kld_z1"]) == (2, 4)
 
 
-def test_the_summary_is_plain_numbers():
-    summary = summarise_elbo(torch.ones(2, 3).double(), torch.ones(3, 1).double(), kl_weight=1)
+def test_summarise_elbo_gives_plain_numbers():
+    bce = SampledBce(torch.ones(3).double(), torch.ones(2).double())
+
+    summary = summarise_elbo(bce, torch.ones(3, 1).double(), kl_weight=1)
 
     assert all(type(value) is float for value in summary.values())
 
 
-def test_a_constant_decoder_has_its_closed_form_loss(images):
+def test_sampled_bce_of_a_constant_decoder_has_its_closed_form(images):
     logits = np.linspace(-3, 3, 784)
     x = images.reshape(20, 784) / 255
 
     bce = sampled_bce(constant_decoder(logits), to_tensor(images), posteriors(20, 2), draws=4, seed=1)
 
     by_hand = -(x * log_sigmoid(logits) + (1 - x) * log_sigmoid(-logits)).sum(axis=1)
-    assert bce.shape == (4, 20)
-    np.testing.assert_allclose(bce, np.tile(by_hand, (4, 1)), rtol=1e-5)
+    np.testing.assert_allclose(bce.per_image, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(bce.per_draw, np.full(4, by_hand.mean()), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 2.0)])
-def test_z_is_drawn_from_the_posterior(mean, std):
-    bce = sampled_bce(slope_decoder(2.0), torch.zeros(500, 784), posteriors(500, 1, mean, std), draws=20, seed=1)
+def test_sampled_bce_draws_z_from_the_posterior(mean, std):
+    x, posterior = torch.zeros(10_000, 784), posteriors(10_000, 1, mean, std)
+
+    bce = sampled_bce(slope_decoder(2.0), x, posterior, draws=1, seed=1).per_image
 
     expected, _ = quad(lambda z: 784 * np.log1p(np.exp(2 * z)) * norm.pdf(z, mean, std), -30, 30)
     at_the_mean = 784 * np.log1p(np.exp(2 * mean))
@@ -90,15 +122,29 @@ def test_z_is_drawn_from_the_posterior(mean, std):
     assert expected > at_the_mean + 20 * se
 
 
-def test_each_draw_and_each_image_has_noise_of_its_own():
-    bce = sampled_bce(slope_decoder(2.0), torch.zeros(10, 784), posteriors(10, 1), draws=4, seed=1)
+def test_sampled_bce_averages_its_draws_over_images_and_images_over_draws():
+    x, posterior = torch.zeros(10, 784), posteriors(10, 1)
 
-    assert len(bce.unique()) == 40
+    bce = sampled_bce(slope_decoder(2.0), x, posterior, draws=4, seed=1)
+
+    first = sampled_bce(slope_decoder(2.0), x, posterior, draws=1, seed=1)
+    assert bce.per_image.shape == (10,)
+    assert bce.per_draw.shape == (4,)
+    assert bce.per_image.dtype == bce.per_draw.dtype == torch.float64
+    assert bce.per_draw[0] == pytest.approx(first.per_image.mean())  # the same random numbers come first
+    assert bce.per_image.mean() == pytest.approx(bce.per_draw.mean())
 
 
-def test_the_seed_decides_the_draws(vae, images):
+def test_sampled_bce_has_noise_of_its_own_for_each_draw_and_each_image():
+    x, posterior = torch.zeros(10, 784), posteriors(10, 1)
+
+    assert len(sampled_bce(slope_decoder(2.0), x, posterior, draws=1, seed=1).per_image.unique()) == 10
+    assert len(sampled_bce(slope_decoder(2.0), x, posterior, draws=4, seed=1).per_draw.unique()) == 4
+
+
+def test_sampled_bce_depends_on_its_seed_alone(vae, images):
     def measure(seed):
-        return sampled_bce(vae, to_tensor(images), encode(vae, images), draws=4, seed=seed)
+        return sampled_bce(vae, to_tensor(images), encode(vae, images), draws=4, seed=seed).per_image
 
     first = measure(1)
     torch.rand(3)  # the global generator has no part in it
@@ -107,37 +153,21 @@ def test_the_seed_decides_the_draws(vae, images):
     assert (first != measure(2)).all()
 
 
-def test_a_code_is_the_posterior_of_its_image(vae, images):
-    posterior = encode(vae, images)
-
-    for index in (0, 7, 19):
-        alone = vae.encode(torch.from_numpy(images[[index]]).reshape(1, 784) / 255)
-        torch.testing.assert_close(posterior.mean[[index]], alone.mean)
-        torch.testing.assert_close(posterior.log_var[[index]], alone.log_var)
-
-
-def test_codes_do_not_depend_on_the_size_of_a_block(vae, images, monkeypatch):
-    whole = encode(vae, images)
-    monkeypatch.setattr(encoding, "BLOCK", 7)
-    in_blocks = encode(vae, images)
-
-    assert whole.mean.shape == whole.log_var.shape == (20, 2)
-    torch.testing.assert_close(in_blocks.mean, whole.mean)
-    torch.testing.assert_close(in_blocks.log_var, whole.log_var)
-
-
-def test_the_loss_of_an_image_does_not_depend_on_the_size_of_a_block(images, monkeypatch):
+def test_sampled_bce_does_not_depend_on_the_size_of_a_block(images, monkeypatch):
     vae = slope_decoder(2.0)
     narrow = Posterior(torch.linspace(-2, 2, 20)[:, None], torch.full((20, 1), -60.0))  # one z for each image
     whole = sampled_bce(vae, to_tensor(images), narrow, draws=2, seed=1)
-    monkeypatch.setattr(evaluation, "BLOCK", 7)
+    monkeypatch.setattr(module, "BLOCK", 7)
 
-    torch.testing.assert_close(sampled_bce(vae, to_tensor(images), narrow, draws=2, seed=1), whole)
+    in_blocks = sampled_bce(vae, to_tensor(images), narrow, draws=2, seed=1)
+
+    torch.testing.assert_close(in_blocks.per_image, whole.per_image)
+    torch.testing.assert_close(in_blocks.per_draw, whole.per_draw)
 
 
-def test_no_block_is_larger_than_block(vae, images, monkeypatch):
-    monkeypatch.setattr(encoding, "BLOCK", 7)
-    monkeypatch.setattr(evaluation, "BLOCK", 7)
+def test_encode_and_sampled_bce_take_no_more_than_a_block_at_once(vae, images, monkeypatch):
+    monkeypatch.setattr(latent, "BLOCK", 7)
+    monkeypatch.setattr(module, "BLOCK", 7)
     sizes = []
     for network in (vae.encoder, vae.decoder):
         network.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs)))
@@ -146,3 +176,130 @@ def test_no_block_is_larger_than_block(vae, images, monkeypatch):
 
     assert max(sizes) <= 7
     assert sum(sizes) == 3 * 20  # encoded once, decoded twice
+
+
+# −log p(x)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_measure_nll_uses_quadrature_up_to_two_dimensions(images, latent_dim):
+    vae, x = untrained(latent_dim), to_tensor(images)
+
+    nll, metrics = measure_nll(vae, x, SETTINGS)
+
+    expected = quadrature_nll(vae, x, step=0.5)
+    torch.testing.assert_close(nll, expected.nll.double())
+    assert metrics == {
+        "nll": pytest.approx(expected.nll.double().mean().item()),
+        "nll_se": pytest.approx(expected.nll.double().std().item() / np.sqrt(20)),
+        "nll_method": "quadrature",
+        "nll_halving_change": expected.change(),
+    }
+
+
+def test_measure_nll_samples_beyond_two_dimensions_in_two_halves(images):
+    vae, x = untrained(latent_dim=3), to_tensor(images)
+
+    nll, metrics = measure_nll(vae, x, SETTINGS)
+
+    generator = torch.Generator().manual_seed(SETTINGS.seed)
+    first, second = (importance_nll(vae, x, 2, generator).double() for _ in range(2))
+    together = -torch.log((torch.exp(-first) + torch.exp(-second)) / 2)
+    torch.testing.assert_close(nll, together)
+    assert metrics["nll"] == pytest.approx(together.mean().item())
+    assert metrics["nll_method"] == "importance sampling, K = 4"
+    assert metrics["nll_half_samples"] == pytest.approx((first.mean() + second.mean()).item() / 2)
+    assert metrics["nll_repeat_se"] == pytest.approx(abs(first.mean() - second.mean()).item() / 2)
+    assert metrics["nll"] <= metrics["nll_half_samples"]
+
+
+# the whole
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+def test_evaluate_gives_metrics_that_the_model_card_explains(dataset, held_out, latent_dim):
+    metrics = evaluate(untrained(latent_dim), dataset, SETTINGS, 1.0, held_out).metrics
+
+    assert all(meaning_of(name).text for name in metrics)
+    assert {type(value) for name, value in metrics.items() if name != "nll_method"} == {float, int}
+    assert np.isfinite([value for name, value in metrics.items() if name != "nll_method"]).all()
+
+
+def test_evaluate_gives_what_pictures_need_of_each_test_image(vae, dataset):
+    evaluation = evaluate(vae, dataset, SETTINGS, 1.0)
+
+    x, posterior = to_tensor(dataset.x_test), encode(vae, dataset.x_test)
+    torch.testing.assert_close(evaluation.posterior, posterior)
+    np.testing.assert_allclose(evaluation.bce, sampled_bce(vae, x, posterior, draws=2, seed=1).per_image)
+    np.testing.assert_allclose(evaluation.nll, quadrature_nll(vae, x, step=0.5).nll)
+
+
+@pytest.mark.parametrize("latent_dim", [2, 3])
+def test_evaluate_depends_on_its_seed_alone(dataset, latent_dim):
+    vae = untrained(latent_dim)
+    first = evaluate(vae, dataset, SETTINGS, 1.0).metrics
+    torch.rand(3)  # the global generator has no part in it
+
+    assert evaluate(vae, dataset, SETTINGS, 1.0).metrics == first
+    assert evaluate(vae, dataset, SETTINGS.model_copy(update={"seed": 2}), 1.0).metrics != first
+
+
+def test_evaluate_weighs_the_kld_in_the_loss_alone(vae, dataset):
+    weighted, plain = (evaluate(vae, dataset, SETTINGS, kl_weight).metrics for kl_weight in (4.0, 1.0))
+
+    assert weighted["loss"] == pytest.approx(weighted["bce"] + 4 * weighted["kld"])
+    assert weighted | {"loss": plain["loss"]} == plain
+
+
+def test_evaluate_measures_val_nll_on_the_images_held_out(vae, dataset, held_out):
+    metrics = evaluate(vae, dataset, SETTINGS, 1.0, held_out).metrics
+
+    nll = quadrature_nll(vae, to_tensor(held_out), step=0.5).nll.double()
+    assert metrics["val_nll"] == pytest.approx(nll.mean().item())
+    assert metrics["val_nll_se"] == pytest.approx(nll.std().item() / np.sqrt(40))
+    assert metrics["val_nll"] != metrics["nll"]
+
+
+def test_evaluate_measures_the_test_set_alike_whatever_is_held_out(vae, dataset, held_out):
+    without, beside = evaluate(vae, dataset, SETTINGS, 1.0), evaluate(vae, dataset, SETTINGS, 1.0, held_out)
+
+    assert {name: value for name, value in beside.metrics.items() if not name.startswith("val_")} == without.metrics
+    np.testing.assert_array_equal(beside.nll, without.nll)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_evaluate_has_no_val_nll_with_fewer_than_two_images_held_out(vae, dataset, held_out, count):
+    metrics = evaluate(vae, dataset, SETTINGS, 1.0, held_out[:count]).metrics
+
+    assert not [name for name in metrics if name.startswith("val_")]
+
+
+def test_evaluate_counts_no_active_unit_where_the_posterior_has_collapsed(vae, dataset):
+    torch.nn.init.zeros_(vae.posterior.weight)
+
+    assert evaluate(vae, dataset, SETTINGS, 1.0).metrics["active_units"] == 0
+
+
+@pytest.mark.parametrize(("setting", "binary"), [("none", False), ("static", True)])
+def test_evaluate_compares_pictures_of_a_binarised_model_as_draws_of_their_pixels(
+    vae, dataset, monkeypatch, setting, binary
+):
+    pictures = []
+    features = module.features
+    monkeypatch.setattr(module, "features", lambda images: pictures.append(images) or features(images))
+
+    evaluate(vae, binarize_dataset(dataset, setting, seed=1), SETTINGS, 1.0)
+
+    assert [set(images.unique().tolist()) == {0.0, 1.0} for images in pictures] == [binary] * 4
+
+
+def test_evaluate_compares_equal_numbers_of_images_however_many_there_are(vae, dataset, monkeypatch):
+    sizes = []
+    features = module.features
+    monkeypatch.setattr(module, "features", lambda images: sizes.append(len(images)) or features(images))
+    few = replace(dataset, x_train=dataset.x_train[:30], y_train=dataset.y_train[:30])
+
+    for quality_images in (3000, 20):
+        evaluate(vae, few, SETTINGS.model_copy(update={"quality_images": quality_images}), 1.0)
+
+    assert sizes == [30] * 4 + [20] * 4

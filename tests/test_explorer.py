@@ -14,8 +14,8 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from mnist_vae.pictures.explorer import explorer_html
 from mnist_vae.model.vae import VAE, VAEConfig, negative_elbo, to_pixels
+from mnist_vae.pictures.explorer import explorer_html
 
 TAB10 = ["1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf"]
 GRAY_LEVEL = 1 / 255  # the smallest difference that a screen can show
@@ -82,20 +82,20 @@ def decode(vae: VAE, *z: float) -> np.ndarray:
 # ---- the page as a file ----
 
 
-def test_equal_arguments_give_equal_pages():
+def test_explorer_html_is_equal_for_equal_arguments():
     assert random_page(2) == random_page(2)
 
 
-def test_the_largest_page_stays_below_three_megabytes():
+def test_explorer_html_stays_below_three_megabytes():
     assert len(random_page(20, hidden_dim=400, images=10_000).encode()) < 3_000_000
 
 
-def test_the_page_refers_to_nothing_outside_itself(html: str):
+def test_explorer_html_refers_to_nothing_outside_itself(html: str):
     assert re.findall(r"https?://", html) == []
     assert re.findall(r'(?:src|href)=(?!"data:)|url\(|@import', html) == []
 
 
-def test_the_weights_in_the_page_decode_as_torch_does(vae: VAE, html: str):
+def test_explorer_html_carries_weights_that_decode_as_torch_does(vae: VAE, html: str):
     data = carried(html)
     latent_dim, hidden_dim, input_dim = data["layers"]
     sizes = [hidden_dim * latent_dim, hidden_dim, input_dim * hidden_dim, input_dim]
@@ -111,7 +111,7 @@ def test_the_weights_in_the_page_decode_as_torch_does(vae: VAE, html: str):
     assert np.abs(pixels - expected).max() < GRAY_LEVEL
 
 
-def test_the_page_carries_each_image_as_a_dot_inside_the_plane(
+def test_explorer_html_carries_each_image_as_a_dot_inside_the_plane(
     html: str, codes: np.ndarray, digits: tuple[Tensor, np.ndarray]
 ):
     data = carried(html)
@@ -121,25 +121,25 @@ def test_the_page_carries_each_image_as_a_dot_inside_the_plane(
     assert data["extent"] >= np.abs(codes).max()
 
 
-def test_the_plane_has_room_for_the_contours_of_the_prior():
+def test_explorer_html_has_room_for_the_contours_of_the_prior():
     page = explorer_html(untrained(2), np.zeros((1, 2)), np.zeros(1, np.uint8), dataset="one image")
     assert carried(page)["extent"] > 3
 
 
-def test_the_most_active_dimensions_come_first():
+def test_explorer_html_puts_the_most_active_dimensions_first():
     nats = [0.1, 2.0, 0.3, 0.4, 3.0, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2]
     data = carried(random_page(12, kld_per_dimension=nats))
     assert data["plane"] == [1, 4]
     assert data["sliders"] == [11, 10, 9, 8, 7, 6, 5, 3]  # at most eight: 2 and 0 rest
 
 
-def test_without_kld_the_variance_of_the_codes_ranks_the_dimensions():
+def test_explorer_html_ranks_dimensions_by_the_variance_of_the_codes_without_kld():
     codes = np.random.default_rng(1).normal(size=(500, 3)) * [2.0, 0.1, 1.0]
     data = carried(explorer_html(untrained(3), codes, np.zeros(500, np.uint8), dataset="noise"))
     assert (data["plane"], data["sliders"]) == ([0, 2], [1])
 
 
-def test_names_are_text_and_never_markup():
+def test_explorer_html_shows_names_as_text_and_never_as_markup():
     page = random_page(2, title="<b>{{data}}", dataset="</script>")
     assert "<title>&lt;b&gt;{{data}} · &lt;/script&gt;</title>" in page
     assert carried(page)["plane"] == [0, 1]
@@ -154,12 +154,12 @@ def test_names_are_text_and_never_markup():
         (np.full((4, 2), np.nan), np.zeros(4, np.uint8), None, "codes are not all finite"),
     ],
 )
-def test_arguments_that_make_no_page_are_refused(codes, labels, kld, message):
+def test_explorer_html_refuses_arguments_that_make_no_page(codes, labels, kld, message):
     with pytest.raises(ValueError, match=message):
         explorer_html(untrained(2), codes, labels, dataset="noise", kld_per_dimension=kld)
 
 
-def test_a_diverged_decoder_is_refused():
+def test_explorer_html_refuses_a_diverged_decoder():
     vae = untrained(2)
     torch.nn.init.constant_(vae.decoder[0].bias, math.nan)
     with pytest.raises(ValueError, match="weights are not all finite"):
@@ -227,7 +227,9 @@ def colourful(page) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("z", [(0.0, 0.0), (1.5, -0.8), (-2.0, 1.0), (3.0, 3.0)])
-def test_hovering_draws_what_torch_decodes(visit: Callable, vae: VAE, html: str, z: tuple[float, float]):
+def test_explorer_page_draws_what_torch_decodes_under_the_pointer(
+    visit: Callable, vae: VAE, html: str, z: tuple[float, float]
+):
     page = visit(html)
     hover(page, *z)
     assert current_z(page) == pytest.approx(z, abs=0.02)  # half a screen pixel
@@ -237,7 +239,7 @@ def test_hovering_draws_what_torch_decodes(visit: Callable, vae: VAE, html: str,
 
 
 @pytest.mark.slow
-def test_the_first_dimension_grows_to_the_right_and_the_second_downwards(visit: Callable, html: str):
+def test_explorer_page_has_the_first_dimension_to_the_right_and_the_second_downwards(visit: Callable, html: str):
     page = visit(html)
     box = page.locator("#plane").bounding_box()
     page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.25 * box["height"])
@@ -250,7 +252,9 @@ def test_the_first_dimension_grows_to_the_right_and_the_second_downwards(visit: 
 
 
 @pytest.mark.slow
-def test_hovering_over_a_cluster_shows_its_digit(visit: Callable, html: str, codes: np.ndarray, digits):
+def test_explorer_page_shows_the_digit_of_the_cluster_under_the_pointer(
+    visit: Callable, html: str, codes: np.ndarray, digits
+):
     images, labels = digits[0].numpy(), digits[1]
     class_means = np.stack([images[labels == digit].mean(axis=0) for digit in range(10)])
     distances = np.linalg.norm(codes[:, None] - codes[None], axis=-1)
@@ -267,7 +271,7 @@ def test_hovering_over_a_cluster_shows_its_digit(visit: Callable, html: str, cod
 
 
 @pytest.mark.slow
-def test_the_readout_shows_the_point_and_its_prior_density(visit: Callable, html: str):
+def test_explorer_page_reads_out_the_point_and_its_prior_density(visit: Callable, html: str):
     page = visit(html)
     assert page.title() == "Latent explorer · digits (scikit-learn)"
     assert page.locator("h1").inner_text() == "Latent explorer · digits (scikit-learn)"
@@ -283,7 +287,7 @@ def test_the_readout_shows_the_point_and_its_prior_density(visit: Callable, html
 
 
 @pytest.mark.slow
-def test_arrow_keys_move_the_point_when_the_plane_has_the_focus(visit: Callable, vae: VAE, html: str):
+def test_explorer_page_moves_the_point_by_arrow_keys_when_the_plane_has_the_focus(visit: Callable, vae: VAE, html: str):
     page = visit(html)
     page.keyboard.press("ArrowRight")
     assert current_z(page) == [0, 0]  # the focus is not there yet
@@ -304,7 +308,7 @@ def test_arrow_keys_move_the_point_when_the_plane_has_the_focus(visit: Callable,
 
 
 @pytest.mark.slow
-def test_a_dragging_finger_moves_the_point_and_not_the_page(visit: Callable, vae: VAE, html: str):
+def test_explorer_page_moves_the_point_and_not_itself_under_a_dragging_finger(visit: Callable, vae: VAE, html: str):
     page = visit(html, width=390, height=500, has_touch=True, is_mobile=True)
     finger = page.context.new_cdp_session(page)
 
@@ -323,7 +327,7 @@ def test_a_dragging_finger_moves_the_point_and_not_the_page(visit: Callable, vae
 
 
 @pytest.mark.slow
-def test_a_click_keeps_a_point_to_which_the_digit_comes_back(visit: Callable, html: str):
+def test_explorer_page_keeps_a_clicked_point_to_which_the_digit_comes_back(visit: Callable, html: str):
     page = visit(html)
     hover(page, 2.0, 1.0)
     page.mouse.move(2, 2)
@@ -336,7 +340,7 @@ def test_a_click_keeps_a_point_to_which_the_digit_comes_back(visit: Callable, ht
 
 
 @pytest.mark.slow
-def test_a_dot_has_its_digits_colour_at_its_code(visit: Callable):
+def test_explorer_page_draws_a_dot_in_its_digits_colour_at_its_code(visit: Callable):
     rng = np.random.default_rng(1)
     codes = np.stack([np.linspace(-3, 3, 10), rng.uniform(-3, -1, 10)], axis=1)
     page = visit(explorer_html(untrained(2), codes, np.arange(10, dtype=np.uint8), dataset="ten images"))
@@ -353,7 +357,7 @@ def test_a_dot_has_its_digits_colour_at_its_code(visit: Callable):
 
 
 @pytest.mark.slow
-def test_dots_and_decoded_digits_can_be_switched_off_and_on(visit: Callable, html: str):
+def test_explorer_page_switches_dots_and_decoded_digits_off_and_on(visit: Callable, html: str):
     page = visit(html)
     with_dots = colourful(page)
     page.uncheck("#dots")
@@ -367,7 +371,7 @@ def test_dots_and_decoded_digits_can_be_switched_off_and_on(visit: Callable, htm
 
 
 @pytest.mark.slow
-def test_a_digit_in_the_legend_isolates_its_dots(visit: Callable, html: str, digits):
+def test_explorer_page_isolates_the_dots_of_a_digit_chosen_in_the_legend(visit: Callable, html: str, digits):
     page = visit(html)
     page.uncheck("#digits")
     everything = colourful(page)
@@ -383,7 +387,7 @@ def test_a_digit_in_the_legend_isolates_its_dots(visit: Callable, html: str, dig
 
 
 @pytest.mark.slow
-def test_sliders_move_the_dimensions_beyond_the_plane(visit: Callable):
+def test_explorer_page_has_sliders_for_the_dimensions_beyond_the_plane(visit: Callable):
     page = visit(random_page(5, kld_per_dimension=[0.5, 3.0, 0.1, 2.0, 1.0]))
     sliders = page.get_by_role("slider")
     assert [label.split("0.00")[0].strip() for label in page.locator("#sliders label").all_inner_texts()] == [
@@ -405,7 +409,7 @@ def test_sliders_move_the_dimensions_beyond_the_plane(visit: Callable):
 
 
 @pytest.mark.slow
-def test_a_single_latent_dimension_is_a_line(visit: Callable):
+def test_explorer_page_of_a_single_latent_dimension_is_a_line(visit: Callable):
     page = visit(random_page(1))
     assert colourful(page) > 100
     page.mouse.move(*position(page, 1.2))
@@ -420,7 +424,7 @@ def test_a_single_latent_dimension_is_a_line(visit: Callable):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("latent_dim", [1, 2, 20])
-def test_a_phone_shows_digit_and_plane_without_scrolling_sideways(visit: Callable, latent_dim: int):
+def test_explorer_page_shows_digit_and_plane_on_a_phone_without_scrolling_sideways(visit: Callable, latent_dim: int):
     page = visit(random_page(latent_dim), width=360, height=740, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     digit, plane = (page.locator(canvas).bounding_box() for canvas in ("#digit", "#plane"))
@@ -430,7 +434,7 @@ def test_a_phone_shows_digit_and_plane_without_scrolling_sideways(visit: Callabl
 
 
 @pytest.mark.slow
-def test_the_plane_follows_the_colour_scheme(visit: Callable, html: str):
+def test_explorer_page_follows_the_colour_scheme(visit: Callable, html: str):
     page = visit(html, color_scheme="light")
     page.uncheck("#dots")
     light = seen(page)

@@ -5,20 +5,18 @@ import pytest
 import torch
 from matplotlib.text import Text
 
+from mnist_vae.model.latent import Manifold, tile
+from mnist_vae.model.vae import Posterior
 from mnist_vae.pictures.figures import (
-    grid_figure,
     latents_figure,
     losses_figure,
+    manifold_figure,
     nll_figure,
     reconstructions_figure,
     samples_figure,
     save_png,
-    tile,
-    to_uint8,
     traversal_figure,
 )
-from mnist_vae.model.latent import Manifold
-from mnist_vae.model.vae import Posterior
 
 TITLE = "scikit-learn digits (not MNIST)"
 HISTORY = {"epoch": [1, 2, 3], "loss": [200.0, 180.0, 170.0], "bce": [197.0, 176.0, 165.0], "kld": [3.0, 4.0, 5.0]}
@@ -28,7 +26,7 @@ def noise(count, seed=0):
     return np.random.default_rng(seed).random((count, 28, 28))
 
 
-def grid(across=5, down=5, dimensions=(0, 1)):
+def noisy_manifold(across=5, down=5, dimensions=(0, 1)):
     return Manifold(noise(across * down), np.linspace(-1.6, 1.6, across), np.linspace(-1.6, 1.6, down), dimensions)
 
 
@@ -43,7 +41,7 @@ MAKE = {
     "latents": lambda: latents_figure(codes(), np.arange(50) % 10, (0, 1), np.array([3, 4]), TITLE),
     "nll": lambda: nll_figure(np.linspace(80, 200, 50), np.arange(50) % 10, TITLE),
     "samples": lambda: samples_figure(noise(8), 4, TITLE),
-    "grid": lambda: grid_figure(grid(), TITLE),
+    "manifold": lambda: manifold_figure(noisy_manifold(), TITLE),
     "traversal": lambda: traversal_figure(noise(10), np.linspace(-3, 3, 5), [4, 1], TITLE),
 }
 
@@ -63,37 +61,16 @@ def shown(axes):
     return image.get_array()
 
 
-# images side by side
-
-
-def test_image_k_lies_in_row_k_div_cols_and_column_k_mod_cols():
-    images = np.random.default_rng(0).random((6, 3, 2))
-
-    canvas = tile(images, cols=3)
-
-    assert canvas.shape == (2 * 3, 3 * 2)
-    for k in range(6):
-        row, column = divmod(k, 3)
-        np.testing.assert_array_equal(canvas[3 * row : 3 * (row + 1), 2 * column : 2 * (column + 1)], images[k])
-
-
-def test_paper_is_0_and_ink_255():
-    image = to_uint8(np.array([0.0, 0.5, 0.999, 1.0]))
-
-    assert image.dtype == np.uint8
-    assert image.tolist() == [0, 128, 255, 255]
-
-
 # every picture
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_the_title_names_the_data_set(figures, name):
+def test_every_figure_names_the_data_set(figures, name):
     assert TITLE in words(figures[name])
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_the_same_picture_has_the_same_bytes(figures, name, tmp_path):
+def test_save_png_writes_equal_bytes_for_equal_pictures(figures, name, tmp_path):
     save_png(tmp_path / "a" / "picture.png", figures[name])
     save_png(tmp_path / "b" / "picture.png", MAKE[name]())
 
@@ -106,7 +83,7 @@ def test_the_same_picture_has_the_same_bytes(figures, name, tmp_path):
 # losses
 
 
-def test_the_losses_are_three_series_with_three_markers(figures):
+def test_losses_figure_has_three_series_with_three_markers(figures):
     lines = [line for axes in figures["losses"].axes for line in axes.get_lines()]
 
     assert [line.get_label() for line in lines] == ["Loss", "BCE loss", "KLD loss"]
@@ -116,7 +93,7 @@ def test_the_losses_are_three_series_with_three_markers(figures):
         np.testing.assert_array_equal(line.get_xydata(), np.column_stack([HISTORY["epoch"], HISTORY[name]]))
 
 
-def test_the_losses_have_their_unit_and_whole_epochs(figures):
+def test_losses_figure_has_units_and_whole_epochs(figures):
     upper, lower = figures["losses"].axes
 
     assert upper.get_ylabel() == lower.get_ylabel() == "nats per image"
@@ -124,11 +101,11 @@ def test_the_losses_have_their_unit_and_whole_epochs(figures):
     assert all(float(tick).is_integer() for tick in lower.get_xticks())
 
 
-def test_a_single_epoch_is_drawn_too(tmp_path):
+def test_losses_figure_draws_a_single_epoch(tmp_path):
     save_png(tmp_path / "losses.png", losses_figure({name: values[:1] for name, values in HISTORY.items()}, TITLE))
 
 
-def test_validation_losses_are_dashed_and_share_their_colour(figures):
+def test_losses_figure_draws_validation_losses_dashed_in_the_same_colour(figures):
     history = HISTORY | {f"val_{name}": np.array(HISTORY[name]) + 1 for name in ("loss", "bce", "kld")}
 
     lines = [line for axes in losses_figure(history, TITLE).axes for line in axes.get_lines()]
@@ -144,7 +121,7 @@ def test_validation_losses_are_dashed_and_share_their_colour(figures):
 # reconstructions
 
 
-def test_each_image_stands_over_its_reconstruction_with_its_loss(figures):
+def test_reconstructions_figure_puts_each_image_over_its_reconstruction_with_its_loss(figures):
     axes = figures["reconstructions"].axes
 
     for column in range(6):
@@ -161,7 +138,7 @@ def test_each_image_stands_over_its_reconstruction_with_its_loss(figures):
 # latent space
 
 
-def test_each_code_is_a_point_with_the_colour_of_its_digit():
+def test_latents_figure_draws_each_code_in_the_colour_of_its_digit():
     posterior = codes(20, latent_dim=4)
 
     (axes,) = latents_figure(posterior, np.arange(20) % 10, (1, 3), np.array([], int), TITLE).axes
@@ -173,7 +150,7 @@ def test_each_code_is_a_point_with_the_colour_of_its_digit():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("posterior mean of z[1]", "posterior mean of z[3]")
 
 
-def test_an_ellipse_reaches_one_standard_deviation_from_its_mean():
+def test_latents_figure_draws_ellipses_of_one_standard_deviation():
     posterior = codes(20, latent_dim=4)
 
     (axes,) = latents_figure(posterior, np.arange(20) % 10, (1, 3), np.array([5, 9]), TITLE).axes
@@ -185,7 +162,7 @@ def test_an_ellipse_reaches_one_standard_deviation_from_its_mean():
         np.testing.assert_allclose([ellipse.width / 2, ellipse.height / 2], std, rtol=1e-5)
 
 
-def test_one_latent_dimension_has_a_row_per_digit():
+def test_latents_figure_of_one_dimension_has_a_row_per_digit():
     posterior, digits = codes(20, latent_dim=1), np.arange(20) % 10
 
     (axes,) = latents_figure(posterior, digits, (0, 0), np.array([5]), TITLE).axes
@@ -195,7 +172,7 @@ def test_one_latent_dimension_has_a_row_per_digit():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("posterior mean of z[0]", "digit")
 
 
-def test_z1_runs_down_as_in_the_grid(figures):
+def test_latents_figure_has_z1_running_down_as_the_manifold_has(figures):
     (axes,) = figures["latents"].axes
     bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
@@ -205,7 +182,7 @@ def test_z1_runs_down_as_in_the_grid(figures):
 
 
 @pytest.mark.parametrize("digits", [range(10), range(5, 9)])
-def test_the_legend_lists_the_digits_that_occur(digits):
+def test_latents_figure_lists_the_digits_that_occur(digits):
     (axes,) = latents_figure(codes(), np.resize(digits, 50), (0, 1), np.array([], int), TITLE).axes
 
     legend = axes.get_legend()
@@ -217,7 +194,7 @@ def test_the_legend_lists_the_digits_that_occur(digits):
 # likelihood
 
 
-def test_the_likelihoods_of_each_digit_are_counted_in_a_panel_of_its_own():
+def test_nll_figure_counts_each_digit_in_a_panel_of_its_own():
     nll, labels = np.linspace(80, 200, 90), np.arange(90) % 9  # no 9
 
     figure = nll_figure(nll, labels, TITLE)
@@ -229,10 +206,10 @@ def test_the_likelihoods_of_each_digit_are_counted_in_a_panel_of_its_own():
     assert "−log p(x), nats" in words(figure)
 
 
-# samples and grid
+# samples and manifold
 
 
-def test_samples_are_in_reading_order(figures):
+def test_samples_figure_is_in_reading_order(figures):
     (axes,) = figures["samples"].axes
 
     np.testing.assert_array_equal(shown(axes), tile(noise(8), 4))
@@ -240,12 +217,12 @@ def test_samples_are_in_reading_order(figures):
 
 
 @pytest.mark.parametrize("cols", [1, 8])
-def test_samples_may_be_a_single_row_or_column(cols, tmp_path):
+def test_samples_figure_draws_a_single_row_or_column(cols, tmp_path):
     save_png(tmp_path / "samples.png", samples_figure(noise(8), cols, TITLE))
 
 
-def test_the_grid_is_in_reading_order_with_z_at_its_edges(figures):
-    (axes,) = figures["grid"].axes
+def test_manifold_figure_is_in_reading_order_with_z_at_its_edges(figures):
+    (axes,) = figures["manifold"].axes
 
     np.testing.assert_array_equal(shown(axes), tile(noise(25), 5))
     assert axes.axison
@@ -255,22 +232,22 @@ def test_the_grid_is_in_reading_order_with_z_at_its_edges(figures):
         assert [label.get_text() for label in labels] == ["-1.60", "-0.80", "0.00", "0.80", "1.60"]
 
 
-def test_the_grid_names_the_dimensions_that_it_walks():
-    (axes,) = grid_figure(grid(dimensions=(1, 3)), TITLE).axes
+def test_manifold_figure_names_the_dimensions_that_it_walks():
+    (axes,) = manifold_figure(noisy_manifold(dimensions=(1, 3)), TITLE).axes
 
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("z[1]", "z[3]")
 
 
-def test_a_grid_of_one_dimension_has_one_axis():
-    (axes,) = grid_figure(grid(down=1, dimensions=(0, 0)), TITLE).axes
+def test_manifold_figure_of_one_dimension_has_one_axis():
+    (axes,) = manifold_figure(noisy_manifold(down=1, dimensions=(0, 0)), TITLE).axes
 
     assert axes.get_xlabel() == "z[0]"
     assert axes.get_ylabel() == ""
     assert len(axes.get_yticks()) == 0
 
 
-def test_the_ticks_of_a_large_grid_stay_readable():
-    (axes,) = grid_figure(grid(across=40, down=40), TITLE).axes
+def test_manifold_figure_keeps_the_ticks_of_a_large_grid_readable():
+    (axes,) = manifold_figure(noisy_manifold(across=40, down=40), TITLE).axes
 
     ticks = axes.get_xticks()
     assert len(ticks) == len(axes.get_xticklabels()) <= 15
@@ -280,7 +257,7 @@ def test_the_ticks_of_a_large_grid_stay_readable():
 # traversal
 
 
-def test_a_traversal_has_a_named_row_per_dimension(figures):
+def test_traversal_figure_has_a_named_row_per_dimension(figures):
     (axes,) = figures["traversal"].axes
 
     np.testing.assert_array_equal(shown(axes), tile(noise(10), 5))

@@ -1,4 +1,4 @@
-"""Images out of the latent space, with decoders that write z where the test can read it."""
+"""Into the latent space and out of it, with decoders that write z where the test can read it."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,18 @@ import torch
 from scipy.special import logit
 from scipy.stats import norm
 
-from mnist_vae.model.latent import decode, leading_dimensions, prior_draws, manifold, traverse
+from mnist_vae.model import latent
+from mnist_vae.model.latent import (
+    decode,
+    encode,
+    leading_dimensions,
+    manifold,
+    prior_draws,
+    tile,
+    to_tensor,
+    to_uint8,
+    traverse,
+)
 from mnist_vae.model.vae import VAE, VAEConfig
 
 
@@ -20,7 +31,7 @@ def transparent(latent_dim):
         images[:, :latent_dim] = z[:, :, None]
         return images.flatten(1)
 
-    return SimpleNamespace(architecture=VAEConfig(latent_dim=latent_dim), decode=write)
+    return SimpleNamespace(config=VAEConfig(latent_dim=latent_dim), decode=write)
 
 
 def read(grid, latent_dim):
@@ -29,9 +40,51 @@ def read(grid, latent_dim):
     return z.reshape(len(grid.down), len(grid.across), latent_dim)
 
 
-def test_decoded_images_are_pixels_between_paper_and_ink():
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, size=(20, 28, 28), dtype=np.uint8)
+
+
+@pytest.fixture
+def vae():
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(hidden_dim=8))
+    return VAE(VAEConfig(hidden_dim=16, latent_dim=2)).eval()
+
+
+# into the latent space
+
+
+def test_to_tensor_gives_rows_of_pixels_between_paper_and_ink(images):
+    x = to_tensor(images)
+
+    assert x.shape == (20, 784)
+    assert x.dtype == torch.float32
+    np.testing.assert_array_equal(x.numpy(), images.reshape(20, 784) / np.float32(255))
+
+
+def test_encode_gives_each_image_its_own_posterior(vae, images):
+    posterior = encode(vae, images)
+
+    for index in (0, 7, 19):
+        alone = vae.encode(torch.from_numpy(images[[index]]).reshape(1, 784) / 255)
+        torch.testing.assert_close(posterior.mean[[index]], alone.mean)
+        torch.testing.assert_close(posterior.log_var[[index]], alone.log_var)
+
+
+def test_encode_does_not_depend_on_the_size_of_a_block(vae, images, monkeypatch):
+    whole = encode(vae, images)
+    monkeypatch.setattr(latent, "BLOCK", 7)
+    in_blocks = encode(vae, images)
+
+    assert whole.mean.shape == whole.log_var.shape == (20, 2)
+    torch.testing.assert_close(in_blocks.mean, whole.mean)
+    torch.testing.assert_close(in_blocks.log_var, whole.log_var)
+
+
+# out of it
+
+
+def test_decode_gives_pixels_between_paper_and_ink(vae):
     z = prior_draws(3, 2, seed=0)
 
     images = decode(vae, z)
@@ -40,7 +93,7 @@ def test_decoded_images_are_pixels_between_paper_and_ink():
     np.testing.assert_allclose(images.reshape(3, 784), torch.sigmoid(vae.decode(z)).detach().numpy())
 
 
-def test_z0_runs_along_columns_and_z1_down_rows():
+def test_manifold_has_z0_along_columns_and_z1_down_rows():
     size, values = 5, norm.ppf(np.linspace(0.05, 0.95, 5))
 
     grid = manifold(transparent(2), size, [0.05, 0.95], [3.0, 2.0])
@@ -53,14 +106,14 @@ def test_z0_runs_along_columns_and_z1_down_rows():
 
 
 @pytest.mark.parametrize("kld", [[3.0, 2.0], [2.0, 3.0]])
-def test_two_dimensions_keep_their_order_whichever_carries_more(kld):
+def test_manifold_keeps_two_dimensions_in_order_whichever_carries_more(kld):
     z = read(manifold(transparent(2), 3, [0.05, 0.95], kld), 2)
 
     assert (z[:, 2, 0] > z[:, 0, 0]).all()
     assert (z[2, :, 1] > z[0, :, 1]).all()
 
 
-def test_the_axes_are_quantiles_of_the_prior():
+def test_manifold_has_quantiles_of_the_prior_as_axes():
     grid = manifold(transparent(2), 15, [0.05, 0.95], [1.0, 1.0])
 
     np.testing.assert_allclose(grid.across, norm.ppf(np.linspace(0.05, 0.95, 15)))
@@ -68,13 +121,13 @@ def test_the_axes_are_quantiles_of_the_prior():
     assert grid.images.shape == (225, 28, 28)
 
 
-def test_the_quantiles_at_the_edges_can_be_chosen():
+def test_manifold_reaches_from_one_given_quantile_to_the_other():
     grid = manifold(transparent(2), 3, [0.2, 0.6], [1.0, 1.0])
 
     np.testing.assert_allclose(grid.across, norm.ppf([0.2, 0.4, 0.6]))
 
 
-def test_one_dimension_is_a_single_row():
+def test_manifold_of_one_dimension_is_a_single_row():
     grid = manifold(transparent(1), 7, [0.05, 0.95], [3.0])
 
     assert grid.images.shape == (7, 28, 28)
@@ -83,7 +136,7 @@ def test_one_dimension_is_a_single_row():
     np.testing.assert_allclose(read(grid, 1)[0, :, 0], norm.ppf(np.linspace(0.05, 0.95, 7)), atol=1e-5)
 
 
-def test_of_five_dimensions_the_two_that_carry_most_are_walked_and_the_others_stay_at_zero():
+def test_manifold_of_five_dimensions_walks_the_two_that_carry_most_and_leaves_the_others_at_zero():
     values = norm.ppf(np.linspace(0.05, 0.95, 4))
 
     grid = manifold(transparent(5), 4, [0.05, 0.95], [0.1, 2.0, 0.0, 3.0, 1.0])
@@ -95,7 +148,7 @@ def test_of_five_dimensions_the_two_that_carry_most_are_walked_and_the_others_st
     assert (z[:, :, [0, 2, 4]] == 0).all()
 
 
-def test_a_traversal_walks_one_dimension_per_row_and_leaves_the_others_at_zero():
+def test_traverse_walks_one_dimension_per_row_and_leaves_the_others_at_zero():
     values = np.linspace(-3, 3, 4)
 
     z = logit(traverse(transparent(3), [2, 0], values)[:, :3, 0].astype(float)).reshape(2, 4, 3)
@@ -110,7 +163,7 @@ def test_leading_dimensions_are_those_with_the_largest_kl_in_their_order():
     assert leading_dimensions([3.0]) == (0, 0)
 
 
-def test_the_seed_decides_the_draws_from_the_prior():
+def test_prior_draws_are_the_same_for_the_same_seed():
     first = prior_draws(72, 2, seed=1)
     torch.rand(3)  # the global generator has no part in it
 
@@ -118,9 +171,30 @@ def test_the_seed_decides_the_draws_from_the_prior():
     assert not torch.equal(first, prior_draws(72, 2, seed=2))
 
 
-def test_draws_from_the_prior_are_standard_normal():
+def test_prior_draws_are_standard_normal():
     z = prior_draws(50_000, 3, seed=0)
 
     assert z.shape == (50_000, 3)
     assert z.mean(dim=0).abs().max() < 5 / np.sqrt(50_000)
     torch.testing.assert_close(z.T.cov(), torch.eye(3), atol=0.03, rtol=0)
+
+
+# images side by side
+
+
+def test_tile_puts_image_k_in_row_k_div_cols_and_column_k_mod_cols():
+    images = np.random.default_rng(0).random((6, 3, 2))
+
+    canvas = tile(images, cols=3)
+
+    assert canvas.shape == (2 * 3, 3 * 2)
+    for k in range(6):
+        row, column = divmod(k, 3)
+        np.testing.assert_array_equal(canvas[3 * row : 3 * (row + 1), 2 * column : 2 * (column + 1)], images[k])
+
+
+def test_to_uint8_makes_paper_0_and_ink_255():
+    image = to_uint8(np.array([0.0, 0.5, 0.999, 1.0]))
+
+    assert image.dtype == np.uint8
+    assert image.tolist() == [0, 128, 255, 255]

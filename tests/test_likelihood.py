@@ -8,9 +8,9 @@ import torch
 from scipy.integrate import quad
 from torch.nn import functional as F
 
-from mnist_vae import likelihood
+from mnist_vae.evaluation import likelihood
 from mnist_vae.evaluation.likelihood import importance_nll, quadrature_nll, standard_error
-from mnist_vae.model.vae import VAE, VAEConfig, Posterior, negative_log_likelihood
+from mnist_vae.model.vae import VAE, Posterior, VAEConfig, negative_log_likelihood
 
 PIXELS = torch.tensor([[0.0, 1.0, 1.0, 0.3], [1.0, 0.0, 0.7, 0.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
 
@@ -22,7 +22,7 @@ def model(decode, latent_dim, mean=0.0, std=1.0):
         at = x.new_full((len(x), latent_dim), mean)
         return Posterior(at, torch.full_like(at, 2 * math.log(std)))
 
-    return SimpleNamespace(architecture=VAEConfig(latent_dim=latent_dim), encode=encode, decode=decode)
+    return SimpleNamespace(config=VAEConfig(latent_dim=latent_dim), encode=encode, decode=decode)
 
 
 def constant(logits):
@@ -65,7 +65,7 @@ def by_the_whole_grid(vae, x, step, reach=8.0):
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
-def test_a_decoder_that_ignores_z_leaves_the_cross_entropy(latent_dim):
+def test_both_estimators_give_the_cross_entropy_of_a_decoder_that_ignores_z(latent_dim):
     logits = torch.tensor([-2.0, 0.5, 1.0, 3.0], dtype=torch.float64)
     vae = model(constant(logits), latent_dim)
     expected = negative_log_likelihood(logits.expand_as(PIXELS), PIXELS)
@@ -75,7 +75,7 @@ def test_a_decoder_that_ignores_z_leaves_the_cross_entropy(latent_dim):
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
-def test_the_likelihoods_of_all_images_of_two_pixels_add_up_to_one(latent_dim):
+def test_quadrature_makes_the_likelihoods_of_all_images_of_two_pixels_add_up_to_one(latent_dim):
     every_image = torch.cartesian_prod(torch.arange(2.0), torch.arange(2.0)).double()
     vae = model(linear(latent_dim, slope=4.0, pixels=2), latent_dim)
 
@@ -123,7 +123,7 @@ def test_importance_sampling_tightens_towards_quadrature_as_k_grows():
 
 
 @pytest.mark.parametrize("step", [0.1, 0.2, 0.4])
-def test_leaving_cells_out_changes_nothing_even_where_the_encoder_is_wrong(step):
+def test_quadrature_equals_the_whole_grid_even_where_the_encoder_is_wrong(step):
     vae, images = peaked_vae()
 
     visited = quadrature_nll(vae, images, step).nll
@@ -131,7 +131,7 @@ def test_leaving_cells_out_changes_nothing_even_where_the_encoder_is_wrong(step)
     torch.testing.assert_close(visited, by_the_whole_grid(vae, images, step), atol=likelihood.DROPPED, rtol=0)
 
 
-def test_cells_that_cannot_matter_are_left_out(monkeypatch):
+def test_quadrature_leaves_out_cells_that_cannot_matter(monkeypatch):
     vae, images = peaked_vae()
     points = []
     addmm = torch.addmm
@@ -142,7 +142,7 @@ def test_cells_that_cannot_matter_are_left_out(monkeypatch):
     assert sum(found.numel() for found in points) < 0.25 * len(images) * (2 * likelihood.REACH / 0.05) ** 2
 
 
-def test_a_mode_the_encoder_does_not_know_is_counted():
+def test_quadrature_counts_a_mode_that_the_encoder_does_not_know():
     def decode(z):
         return 60 * torch.cat([z.abs() - 1.8, 2.2 - z.abs()], dim=-1)  # both pixels on: z near −2 or near 2
 
@@ -155,7 +155,7 @@ def test_a_mode_the_encoder_does_not_know_is_counted():
     assert half == pytest.approx(exact + math.log(2), abs=0.05)
 
 
-def test_the_grid_reaches_codes_far_from_the_prior():
+def test_quadrature_reaches_codes_far_from_the_prior():
     def decode(z):
         return 20 * torch.cat([z - 8.8, 9.2 - z], dim=-1)  # both pixels on: z near 9
 
@@ -166,7 +166,7 @@ def test_the_grid_reaches_codes_far_from_the_prior():
     assert nll == pytest.approx(by_scipy(decode, image[0]), abs=1e-3)
 
 
-def test_the_double_step_is_the_result_of_a_grid_twice_as_coarse():
+def test_quadrature_reports_the_result_of_a_grid_twice_as_coarse():
     vae, images = peaked_vae()
 
     fine, coarse = quadrature_nll(vae, images, step=0.05), quadrature_nll(vae, images, step=0.1)
@@ -186,7 +186,7 @@ def test_quadrature_does_not_depend_on_its_blocks(monkeypatch):
         torch.testing.assert_close(blockwise, expected, atol=2e-4, rtol=0)
 
 
-def test_no_more_is_decoded_at_once_with_more_images_or_samples():
+def test_importance_sampling_decodes_no_more_at_once_with_more_images_or_samples():
     rows = []
 
     def decode(z):

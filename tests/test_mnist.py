@@ -164,9 +164,9 @@ def test_download_mnist_names_the_file_that_a_folder_lacks(small, own_mirrors, n
     fails(str(small), rf"{name} does not exist")
 
 
-def test_download_mnist_does_not_wait_for_a_named_pipe(small):
+def test_download_mnist_does_not_read_from_a_device(small):
     (small / FILES[1]).unlink()
-    os.mkfifo(small / FILES[1])
+    (small / FILES[1]).symlink_to("/dev/zero")
 
     fails(str(small), rf"{FILES[1]} .*is not a file")
 
@@ -261,7 +261,7 @@ WRONG = {  # what a mirror may do wrongly, and what the error says then
     "hung up": (servers.hang_up, r"breaks off \(Remote end closed"),
     "bad chunk": (servers.raw(OK + b"Transfer-Encoding: chunked\r\n\r\nnot hexadecimal\r\n"), r"breaks off"),
     "two lengths": (servers.raw(OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n12"), r"cannot be used"),
-    "not HTTP": (servers.raw(b"220 smtp ready\r\n"), r"breaks off|is not MNIST's"),
+    "not HTTP": (servers.raw(b"220 smtp ready\r\n"), r"breaks off"),
     "endless": (servers.flood(200), r"is larger than 10,000,000 bytes"),
     "byte by byte": (servers.drip(OK + b"\r\n"), r"arrives too slowly \(\d+ bytes in"),
     "header byte by byte": (servers.drip(OK + b"X: "), r"has not arrived after"),
@@ -439,7 +439,7 @@ def test_download_mnist_refuses_an_address_of_another_sort(address, own_mirrors,
     fails(address, r"MNIST_MIRROR: .* is neither a folder nor a URL such as https://host/path/; correct it or unset it")
 
 
-@pytest.mark.parametrize("address", ["http://[half", "http://host:port", "http://two..dots/", "http://a b/"])
+@pytest.mark.parametrize("address", ["http://[half", "http://host:port", "http://two..dots/"])
 def test_download_mnist_refuses_a_malformed_address(address, own_mirrors, nobody):
     own_mirrors.append(nobody)
 

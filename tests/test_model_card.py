@@ -1,50 +1,125 @@
-"""The model card, and the README's figures, which are those of the committed run."""
+"""The model card, and the table of numbers in the documentation, which is that of the committed run."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from mnist_vae.evaluation.model_card import CAVEATS, MEANINGS, model_card, numbers_table
+from mnist_vae.evaluation.model_card import CAVEATS, COLLAPSED, MEANINGS, PICTURES, group, model_card, numbers_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ABOUT = ("dataset", "binarize", "images", "test_sha256")
 
 
-def committed_metrics():
+def row_of(name, metrics):
+    [row] = [line for line in numbers_table(metrics) if f"`{name}`" in line]
+    return row
+
+
+def card(binarize="none", metrics=None):
+    return model_card("MNIST", binarize, {"model": "2-1-2"}, metrics or {"nll": 1.5}, {"train.seed": 1})
+
+
+# the documentation
+
+
+def test_docs_numbers_has_the_numbers_of_the_committed_run():
     metrics = json.loads((REPOSITORY / "metrics/evaluate.json").read_text())
-    return {name: value for name, value in metrics.items() if name not in ABOUT}
+    numbers = {name: value for name, value in metrics.items() if name not in ABOUT}
+    text = (REPOSITORY / "docs/numbers.md").read_text(encoding="utf-8")
+    _, shown, _ = text.replace("<!-- /numbers -->", "<!-- numbers -->").split("<!-- numbers -->")
+
+    assert metrics["dataset"] == "mnist"
+    assert shown.strip().splitlines() == numbers_table(numbers)
 
 
-def test_readme_has_the_numbers_of_the_committed_run():
-    readme = (REPOSITORY / "README.md").read_text()
-    assert json.loads((REPOSITORY / "metrics/evaluate.json").read_text())["dataset"] == "mnist"
-    assert "\n".join(numbers_table(committed_metrics())) in readme
+# the table
 
 
-def test_every_metric_has_a_meaning_and_nats_are_named():
+def test_numbers_table_explains_every_metric():
     assert all(meaning.text for meaning in MEANINGS.values())
-    assert {MEANINGS[name].unit for name in ("loss", "bce", "kld", "elbo", "nll", "kld_z*")} == {"nats/image"}
+    assert {MEANINGS[name].unit for name in ("loss", "bce", "kld", "elbo", "nll", "val_nll", "kld_z*")} == {
+        "nats/image"
+    }
 
 
-def test_a_number_stands_beside_its_standard_error():
-    [row] = [line for line in numbers_table({"elbo": -155.6, "elbo_se": 0.01}) if "`elbo`" in line]
-    assert "-155.60 ± 0.01" in row
+def test_numbers_table_puts_a_number_beside_its_standard_error():
+    metrics = {"elbo": -155.6, "elbo_se": 0.01}
+
+    assert "-155.60 ± 0.01" in row_of("elbo", metrics)
+    assert not [line for line in numbers_table(metrics) if "elbo_se" in line]
 
 
-def test_a_number_without_a_meaning_is_a_mistake():
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("kld", 5.609807, "5.61"),
+        ("knn_accuracy", 0.67391, "0.6739"),
+        ("active_units", 2, "2"),
+        ("nll_method", "a", "a"),
+    ],
+)
+def test_numbers_table_rounds_to_what_a_reader_can_use(name, value, shown):
+    assert f"| {shown} |" in row_of(name, {name: value})
+
+
+def test_numbers_table_explains_each_latent_dimension():
+    assert "the part of kld in one latent dimension" in row_of("kld_z19", {"kld_z19": 0.5})
+
+
+def test_numbers_table_refuses_a_number_without_a_meaning():
     with pytest.raises(KeyError):
         numbers_table({"fid": 1.0})
 
 
-@pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
-def test_the_card_says_which_pixels_it_speaks_of(kind):
-    card = model_card("MNIST", kind, {"model": "2-1-2"}, {"nll": 1.5}, {"train.seed": 1})
-    assert CAVEATS[kind] in card
-    assert "| model | `2-1-2` |" in card
-    assert "| train.seed | `1` |" in card
+def test_numbers_table_does_not_end_a_cell_at_a_bar_in_a_formula():
+    assert "p(x\\|z)" in row_of("bce", {"bce": 1.0})
 
 
-def test_a_bar_in_a_formula_does_not_end_a_cell():
-    [row] = [line for line in numbers_table({"bce": 1.0}) if "`bce`" in line]
-    assert "p(x\\|z)" in row
+# the card
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic", "static"])
+def test_model_card_says_which_pixels_it_speaks_of(binarize):
+    assert CAVEATS[binarize] in card(binarize)
+
+
+def test_model_card_has_facts_numbers_pictures_and_parameters():
+    page = card()
+
+    assert page.startswith("# mnist-vae on MNIST\n")
+    assert "| model | `2-1-2` |" in page
+    assert row_of("nll", {"nll": 1.5}) in page
+    assert all(f"](../plots/{picture})" in page for picture in PICTURES)
+    assert "| train.seed | `1` |" in page
+
+
+@pytest.mark.parametrize(("active_units", "warned"), [(0, True), (1, False), (2, False)])
+def test_model_card_warns_of_a_collapsed_posterior(active_units, warned):
+    assert (f"**Warning:** {COLLAPSED}." in card(metrics={"active_units": active_units})) == warned
+
+
+# the names in MLflow
+
+
+@pytest.mark.parametrize(
+    ("name", "grouped"),
+    [
+        ("loss", "test/loss"),
+        ("nll", "test/nll"),
+        ("nll_dynamic", "test/nll_dynamic"),
+        ("kld_z0", "test/kld_z0"),
+        ("knn_accuracy", "test/knn_accuracy"),
+        ("val_nll", "val/nll"),
+        ("val_nll_se_static", "val/nll_se_static"),
+        ("samples_coverage", "quality/samples_coverage"),
+        ("reconstructions_recall", "quality/reconstructions_recall"),
+        ("reference_density_static", "quality/reference_density_static"),
+    ],
+)
+def test_group_puts_a_metric_where_mlflows_page_shows_its_like(name, grouped):
+    assert group(name) == grouped
+
+
+def test_group_keeps_all_names_apart():
+    assert len({group(name) for name in MEANINGS}) == len(MEANINGS)

@@ -1,25 +1,161 @@
 """A model on disk: what was saved comes back, anything else is refused, and no file can run code."""
 
+import hashlib
+import json
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
+from safetensors.torch import load_file, save_file
 
-from mnist_vae.model.model_file import Checkpoint, load_model, save_model
 from mnist_vae.errors import UserError
+from mnist_vae.model import model_file
+from mnist_vae.model.model_file import SavedModel, load_model, save_model
 from mnist_vae.model.vae import VAE, VAEConfig
+
+CONFIG = VAEConfig(hidden_dim=8, latent_dim=3)
 
 
 @pytest.fixture
-def checkpoint():
+def model():
     torch.manual_seed(0)
-    return Checkpoint(VAE(VAEConfig(hidden_dim=8, latent_dim=3)), "digits", [1.5, 0.25, 2.0])
+    return SavedModel(VAE(CONFIG), "digits", [1.5, 0.25, 2.0], "0123456789abcdef")
 
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "vae.pt"
+    return tmp_path / "vae.safetensors"
+
+
+def refusal(path):
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
+    assert "`dvc repro train` makes it again" in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def about(path):
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["mnist-vae"])
+
+
+def forge(path, weights=None, **changes):
+    """Write the file anew with other weights or metadata, and a digest that fits them; None removes an entry."""
+    weights = load_file(path) if weights is None else weights
+    described = {name: value for name, value in (about(path) | changes).items() if value is not None}
+    described["sha256"] = model_file._digest(described, weights)
+    save_file(weights, path, metadata={"mnist-vae": json.dumps(described)})
+
+
+# what was saved
+
+
+def test_load_model_gives_back_what_save_model_wrote(path, model):
+    save_model(path, model)
+    vae, dataset, kld_per_dim, fingerprint = load_model(path)
+
+    assert vae.config == CONFIG
+    assert (dataset, kld_per_dim, fingerprint) == ("digits", [1.5, 0.25, 2.0], "0123456789abcdef")
+    weights = model.vae.state_dict()
+    assert list(vae.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
+
+
+def test_load_model_takes_a_text_for_a_path(path, model):
+    save_model(path, model)
+
+    assert load_model(str(path)).vae.config == CONFIG
+
+
+def test_load_model_gives_a_model_in_evaluation_mode_that_can_be_trained_on(path, model):
+    save_model(path, model)
+    vae = load_model(path).vae
+
+    assert not vae.training
+    assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in vae.parameters())
+
+
+def test_save_model_writes_equal_bytes_for_equal_models_in_any_folder(tmp_path, model):
+    here, there = tmp_path / "here" / "vae.safetensors", tmp_path / "there" / "vae.safetensors"
+    save_model(here, model)
+    save_model(there, load_model(here))
+
+    assert here.read_bytes() == there.read_bytes()
+
+
+def test_save_model_describes_the_model_in_the_metadata(path, model):
+    save_model(path, model)
+
+    described = about(path)
+    assert described.pop("sha256")
+    assert described.pop("versions").keys() == {"torch", "safetensors"}
+    assert described == {
+        "format": "mnist-vae/2",
+        "config": {"hidden_dim": 8, "latent_dim": 3, "input_dim": 784},
+        "dataset": "digits",
+        "kld_per_dim": [1.5, 0.25, 2.0],
+        "fingerprint": "0123456789abcdef",
+    }
+
+
+def test_save_model_writes_a_file_that_safetensors_alone_can_open(path, model):
+    save_model(path, model)
+
+    weights = load_file(path)
+
+    expected = model.vae.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+# files that are none of ours
+
+
+def test_load_model_refuses_a_missing_file(path):
+    assert "is missing" in refusal(path)
+
+
+def test_load_model_names_a_file_that_cannot_be_read(tmp_path):
+    assert f"{tmp_path} cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0.0, 0.01, 0.5, 0.99])
+def test_load_model_refuses_a_truncated_file(path, model, left):
+    save_model(path, model)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(left * len(content))])
+
+    assert "damaged" in refusal(path)
+
+
+def test_load_model_refuses_a_text_file(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+
+    assert "damaged or not what this project writes" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"format": "pt"},
+        {"mnist-vae": "{}"},
+        {"mnist-vae": "[]"},
+        {"mnist-vae": '{"format": "mnist-vae/1"}'},
+        {"mnist-vae": "not JSON"},
+        {"mnist-vae": "[" * 100_000},
+    ],
+)
+def test_load_model_refuses_a_file_of_another_program(path, metadata):
+    save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
+
+    assert "damaged or not what this project writes" in refusal(path)
 
 
 class RunsCode:
@@ -32,104 +168,12 @@ class RunsCode:
         return Path.touch, (self.trace,)
 
 
-def refusal(path):
-    with pytest.raises(UserError) as error:
-        load_model(path)
-    assert str(path) in str(error.value)
-    assert "`dvc repro train` makes it again" in str(error.value)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_what_was_saved_comes_back(path, checkpoint):
-    save_model(path, checkpoint)
-    vae, dataset, kld_per_dim = load_model(path)
-
-    assert vae.architecture == VAEConfig(hidden_dim=8, latent_dim=3)
-    assert (dataset, kld_per_dim) == ("digits", [1.5, 0.25, 2.0])
-    weights = checkpoint.vae.state_dict()
-    assert list(vae.state_dict()) == list(weights)
-    assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
-
-
-def test_a_loaded_model_is_in_evaluation_mode(path, checkpoint):
-    save_model(path, checkpoint)
-
-    assert not load_model(path).vae.training
-
-
-def test_equal_models_give_equal_bytes_in_any_folder(tmp_path, checkpoint):
-    here, there = tmp_path / "here" / "vae.pt", tmp_path / "there" / "vae.pt"
-    save_model(here, checkpoint)
-    save_model(there, load_model(here))
-
-    assert here.read_bytes() == there.read_bytes()
-
-
-def test_the_file_loads_without_running_code(path, checkpoint):
-    save_model(path, checkpoint)
-
-    assert set(torch.load(path, weights_only=True)) == {"format", "architecture", "weights", "dataset", "kld_per_dim"}
-
-
-def test_a_missing_file_is_refused(path):
-    assert "is missing" in refusal(path)
-
-
-@pytest.mark.parametrize("left", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_refused(path, checkpoint, left):
-    save_model(path, checkpoint)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(left * len(content))])
-
-    assert "damaged" in refusal(path)
-
-
-def test_a_text_file_is_refused(path):
-    path.write_text("version https://git-lfs.github.com/spec/v1\n")
-
-    assert "damaged or no model" in refusal(path)
-
-
-@pytest.mark.parametrize("content", [{"format": "other/1"}, {"weights": {}}, [1, 2], torch.zeros(3)])
-def test_a_torch_file_of_another_program_is_refused(path, content):
-    torch.save(content, path)
-
-    assert "no model of this project (mnist-vae/1)" in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"architecture": {"hidden_dim": 9, "latent_dim": 3, "input_dim": 784}},
-        {"architecture": {"hidden_dim": 8, "latent_dim": 3, "layers": 2}},
-        {"weights": {}},
-    ],
-    ids=["other sizes", "unknown size", "no weights"],
-)
-def test_weights_that_do_not_fit_the_architecture_are_refused(path, checkpoint, change):
-    save_model(path, checkpoint)
-    torch.save(torch.load(path, weights_only=True) | change, path)
-
-    assert "damaged or no model" in refusal(path)
-
-
-@pytest.mark.parametrize("key", ["architecture", "weights", "dataset", "kld_per_dim"])
-def test_a_model_that_lacks_a_part_is_refused(path, checkpoint, key):
-    save_model(path, checkpoint)
-    content = torch.load(path, weights_only=True)
-    del content[key]
-    torch.save(content, path)
-
-    assert key in refusal(path)
-
-
 @pytest.mark.parametrize(
     "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
 )
-def test_a_file_that_would_run_code_is_refused_and_nothing_runs(path, tmp_path, save):
+def test_load_model_refuses_a_file_that_would_run_code_and_runs_nothing(path, tmp_path, save):
     trace = tmp_path / "trace"
-    content = {"format": "mnist-vae/1", "weights": RunsCode(trace)}
+    content = {"format": "mnist-vae/2", "weights": RunsCode(trace)}
     save(content, path)
 
     refusal(path)
@@ -137,3 +181,137 @@ def test_a_file_that_would_run_code_is_refused_and_nothing_runs(path, tmp_path, 
     assert not trace.exists()
     pickle.loads(pickle.dumps(content))  # it would have
     assert trace.exists()
+
+
+# files that were ours
+
+
+def test_load_model_notices_a_flipped_bit_in_a_weight(path, model):
+    save_model(path, model)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    assert "its weights or its metadata are not those that were written" in refusal(path)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"digits", b"digitz"), (b"0.25", b"0.52"), (b"0123456", b"1023456")])
+def test_load_model_notices_a_changed_byte_in_the_metadata(path, model, old, new):
+    save_model(path, model)
+    assert path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+    assert "its weights or its metadata are not those that were written" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_dim": 9, "latent_dim": 3, "input_dim": 784},
+        {"hidden_dim": 8, "latent_dim": 3, "input_dim": 783},
+        {"hidden_dim": 2**20, "latent_dim": 3, "input_dim": 2**14},
+    ],
+    ids=["another width", "another input", "sizes that ask for 63 GB"],
+)
+def test_load_model_refuses_weights_that_do_not_fit_the_config(path, model, config):
+    save_model(path, model)
+    forge(path, config=config)
+
+    assert "its weights do not fit its config" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_dim": 8, "latent_dim": 3, "layers": 2},
+        {"hidden_dim": 8, "latent_dim": 3},
+        {"hidden_dim": 8, "latent_dim": 3.0, "input_dim": 784},
+        {"hidden_dim": 8, "latent_dim": True, "input_dim": 784},
+        {"hidden_dim": 0, "latent_dim": 3, "input_dim": 784},
+        {"hidden_dim": 10**20, "latent_dim": 3, "input_dim": 784},
+        "small",
+        None,
+    ],
+    ids=["unknown", "too few", "fraction", "boolean", "zero", "huge", "text", "none"],
+)
+def test_load_model_refuses_a_config_that_gives_no_sizes(path, model, config):
+    save_model(path, model)
+    forge(path, config=config)
+
+    assert "its config is" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "klds",
+    [[1.5, 0.25], [1.5, 0.25, 2.0, 1.0], [1.5, 0.25, float("nan")], [1.5, 0.25, float("inf")], [1.5, 0.25, "2"], None],
+    ids=["too few", "too many", "NaN", "infinite", "text", "none"],
+)
+def test_load_model_refuses_a_kld_per_dim_that_is_not_one_number_for_each_dimension(path, model, klds):
+    save_model(path, model)
+    forge(path, kld_per_dim=klds)
+
+    assert "its kld_per_dim is not one finite number for each latent dimension" in refusal(path)
+
+
+@pytest.mark.parametrize("entry", ["dataset", "fingerprint"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_load_model_refuses_a_model_that_does_not_say_what_it_was_made_from(path, model, entry, value):
+    save_model(path, model)
+    forge(path, **{entry: value})
+
+    assert "it does not name its data set and its fingerprint" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_load_model_refuses_weights_that_are_not_finite(path, model, value):
+    save_model(path, model)
+    weights = load_file(path)
+    weights["decoder.2.bias"][7] = value
+    forge(path, weights)
+
+    assert "a weight is not finite" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64, torch.int32])
+def test_load_model_refuses_weights_of_another_type(path, model, dtype):
+    save_model(path, model)
+    forge(path, {name: weight.to(dtype) for name, weight in load_file(path).items()})
+
+    assert "its weights do not fit its config" in refusal(path)
+
+
+@pytest.mark.parametrize("change", [lambda weights: weights.pop("decoder.2.bias"), lambda weights: weights.clear()])
+def test_load_model_refuses_a_model_that_lacks_weights(path, model, change):
+    save_model(path, model)
+    weights = load_file(path)
+    change(weights)
+    forge(path, weights)
+
+    assert "its weights do not fit its config" in refusal(path)
+
+
+def test_load_model_refuses_a_header_that_claims_more_than_its_file_holds(path, model):
+    save_model(path, model)
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    header["decoder.0.weight"] |= {"shape": [2**17, 2**17], "data_offsets": [0, 2**36]}
+    claimed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(claimed)) + claimed + content[8 + size :])
+
+    assert "damaged" in refusal(path)
+
+
+def test_save_model_digest_is_that_of_metadata_and_weights(path, model):
+    save_model(path, model)
+
+    described, weights = about(path), load_file(path)
+    recorded = described.pop("sha256")
+    content = b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
+    assert recorded == hashlib.sha256(json.dumps(described, sort_keys=True).encode() + content).hexdigest()
+
+
+def test_model_files_are_no_zip_archives_and_so_hold_no_pickle(path, model):
+    save_model(path, model)
+
+    assert not zipfile.is_zipfile(path)

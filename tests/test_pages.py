@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline import environment, run
+from tests.runs import main_run
 
 pytestmark = pytest.mark.slow
 
@@ -109,20 +110,20 @@ def test_mlflow_lists_the_run_under_a_readable_name(mlflow_page, browser):
 
 
 def test_mlflow_shows_the_manifold_the_metrics_and_the_tags(mlflow_page, browser, finished_pipeline):
-    run_id = (finished_pipeline / "models/run_id").read_text().strip()
+    run_id = main_run(finished_pipeline).info.run_id
     page = Visit(browser, f"{mlflow_page}/#/experiments/1/runs/{run_id}").page
     picture = page.wait_for_selector("img[src*='description.png']", state="attached", timeout=30_000)
     page.wait_for_function("image => image.naturalWidth > 0", arg=picture)
-    for text in ("train_loss", "test_nll", "test_elbo", "data.dataset", "train.learning_rate"):
+    for text in ("train/loss", "test/nll", "test/elbo", "data.dataset", "train.learning_rate"):
         page.wait_for_selector(f"text={text}", state="attached")
     content = page.inner_text("body")
     assert all(tag in content for tag in ("dataset", "latent_dim", "git_commit"))
 
 
 def test_mlflow_has_a_slider_over_the_epochs_samples(mlflow_page, browser, finished_pipeline):
-    run_id = (finished_pipeline / "models/run_id").read_text().strip()
+    run_id = main_run(finished_pipeline).info.run_id
     page = Visit(browser, f"{mlflow_page}/#/experiments/1/runs/{run_id}/model-metrics").page
-    page.wait_for_selector("text=test_active_units", timeout=30_000)
+    page.wait_for_selector("text=samples", timeout=30_000)
     page.mouse.move(600, 600)
     for _ in range(40):  # charts are made when they come into view
         if page.query_selector("[role=slider]"):

@@ -1,17 +1,24 @@
 """params.yaml: right values come through with their types, each wrong one ends in a line that says what to do."""
 
+import os
 import re
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from mnist_vae.errors import UserError
-from mnist_vae.params import load_params
+from mnist_vae.params import Section, load_params, memory
+from mnist_vae.params.memory import memory_of_machine
 
 COMMITTED = Path(__file__).parent.parent / "params.yaml"
 TEXT = COMMITTED.read_text(encoding="utf-8")
 EVERY_NAME = list(load_params(COMMITTED).flat("data", "model", "train", "evaluate", "samples", "grid"))
 FLOATS = ["kl_weight", "learning_rate", "eps", "weight_decay", "min_delta"]
+NUMBERS = [name for name in EVERY_NAME if re.search(rf"(?m)^  {name.partition('.')[2]}: *\d", TEXT)]
+ENV = os.environ | {"PYTHONPATH": str(COMMITTED.parent / "src")}
 
 
 def edited(name, line):
@@ -136,6 +143,12 @@ def test_there_may_be_no_fallback(load_with):
         ("evaluate.draws", 2),
         ("grid.size", 2),
         ("grid.quantiles", [0.001, 0.002]),
+        ("model.latent_dim", 784),
+        ("train.epochs", 1_000_000),
+        ("train.kl_weight", 1_000_000),
+        ("train.threads", 1024),
+        ("evaluate.draws", 1_000_000),
+        ("samples.rows", 650),
     ],
 )
 def test_the_ends_of_a_range_are_inside(load_with, name, value):
@@ -147,6 +160,25 @@ def test_nothing_changes_a_loaded_value():
 
     with pytest.raises(ValueError, match="frozen"):
         params.train.epochs = 3
+
+
+def test_flat_reads_attributes_and_load_params_does_not(monkeypatch):
+    """So whoever watches attributes sees which parameters a stage works with."""
+    read = set()
+    plain = Section.__getattribute__
+
+    def watched(section, name):
+        read.add(name)
+        return plain(section, name)
+
+    names = {name.partition(".")[2] for name in EVERY_NAME}
+    monkeypatch.setattr(Section, "__getattribute__", watched)
+    params = load_params(COMMITTED)
+    assert not names & read
+
+    params.flat("grid")
+
+    assert names & read == {"size", "quantiles"}
 
 
 # what is wrong with a value
@@ -235,13 +267,172 @@ def test_the_numbers_in_a_list_must_be_finite(complaint_about):
     assert "must be" in complaint_about("grid.quantiles", "[0.05, .inf]")
 
 
+@pytest.mark.parametrize("value", ["1000001", "10000000000", f"1{400 * '0'}", f"0x{5000 * 'f'}"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_an_upper_bound(complaint_about, name, value):
+    if name.endswith("seed") and int(value, 0) < 2**32:
+        return
+
+    line = complaint_about(name, value)
+
+    assert re.fullmatch(
+        rf"params.yaml: {name} is .{{1,60}}; it must be (at most [\d.]+|less than 1|a finite number)", line
+    )
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_number_beyond_any_float_is_refused(complaint_about, name):
+    assert complaint_about(f"train.{name}", "1e400") == f"params.yaml: train.{name} is inf; it must be a finite number"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_shown"),
+    [
+        (f"0x{5000 * 'f'}", "a number of thousands of digits"),
+        (500 * "x", r"'x+\.\.\.x+'"),
+        (r'"two\nlines\e[31m"', r"'two\\nlines\\x1b\[31m'"),
+        (f"[{300 * '[1, 2], '}]", r"\[\[1, 2\], .*\.\.\.\]"),
+        (30 * "[" + 30 * "]", r"\[\[\[\.\.\.\]\]\]"),
+    ],
+)
+def test_a_wrong_value_is_shown_in_at_most_60_characters(complaint_about, value, is_shown):
+    line = complaint_about("train.epochs", value)
+
+    shown = line.removeprefix("params.yaml: train.epochs is ").removesuffix("; it must be a whole number")
+    assert re.fullmatch(is_shown, shown.removesuffix("; it must be at most 1000000"))
+    assert len(line) < 130
+
+
+@pytest.mark.parametrize("value", [5000 * "1", "2026-02-30", "!!int x", "!!bool maybe", "!!float x"])
+def test_what_cannot_be_a_value_is_answered_with_its_line(complaint_about, value):
+    number = TEXT[: TEXT.index("  size: ")].count("\n") + 1
+
+    line = complaint_about("grid.size", value)
+
+    assert re.fullmatch(rf"params.yaml is not valid YAML \(line {number}\): '.{{1,58}}' cannot be read as \w+", line)
+
+
+# what does not fit into memory
+
+
+@pytest.fixture
+def eight_gigabytes(monkeypatch):
+    monkeypatch.setattr(memory, "memory_of_machine", lambda: 8 * 10**9)
+
+
+@pytest.mark.usefixtures("eight_gigabytes")
+@pytest.mark.parametrize(
+    ("name", "value", "what", "need"),
+    [
+        ("grid.size", 100_000, "the picture", "648 TB"),
+        ("grid.size", 400, "the picture", "10.4 GB"),
+        ("model.hidden_dim", 1_000_000, "training", "89.2 GB"),
+        ("model.hidden_dim", 1_000_000, "the evaluation", "86.4 GB"),
+        ("evaluate.neighbours", 60_000, "the evaluation", "24.1 GB"),
+    ],
+)
+def test_what_needs_more_memory_than_there_is_is_refused_with_the_figure(complaint, name, value, what, need):
+    lines = complaint(edited(name, f"  {name.partition('.')[2]}: {value}"))
+
+    assert f"params.yaml: {name} is {value}: {what} needs {need} and this machine has 8 GB; lower {name}" in lines
+
+
+@pytest.mark.usefixtures("eight_gigabytes")
+def test_parameters_that_are_too_large_together_are_both_named(complaint, load):
+    assert load(TEXT.replace("rows: 4", "rows: 600"))
+    assert load(TEXT.replace("cols: 18", "cols: 600"))
+
+    assert complaint(TEXT.replace("rows: 4", "rows: 600").replace("cols: 18", "cols: 600")) == [
+        "params.yaml: samples.rows is 600 and samples.cols is 600: the picture needs 124 GB and this machine has 8 GB; "
+        "lower samples.rows or samples.cols"
+    ]
+
+
+@pytest.mark.usefixtures("eight_gigabytes")
+def test_each_stage_that_needs_too_much_gets_a_line(complaint):
+    lines = complaint(TEXT.replace("neighbours: 10", "neighbours: 50000").replace("size: 15", "size: 1000"))
+
+    assert [line.split()[1] for line in lines] == ["evaluate.neighbours", "grid.size"]
+
+
+@pytest.mark.usefixtures("eight_gigabytes")
+def test_a_batch_needs_no_more_than_the_training_set(load_with):
+    assert load_with("train.batch_size", 1_000_000)
+
+
+def test_memory_of_machine_is_what_it_has_or_less():
+    assert 10**8 < memory_of_machine() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(("limit", "size"), [("2000000\n", 2_000_000), ("max\n", 10**15), ("9" * 18, 10**15)])
+def test_memory_of_machine_is_that_of_its_container_where_lower(monkeypatch, limit, size):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 10**12}.get)
+    monkeypatch.setattr(Path, "read_text", lambda path: limit)
+
+    assert memory_of_machine() == size
+
+
+# stage: what it imports, what it does at a size, a size that takes much memory, the estimate for that size
+WORK = {
+    "training": (
+        "from mnist_vae.params import Train\nfrom mnist_vae.training.fit import fit",
+        "fit(torch.zeros(128, 28, 28, dtype=torch.uint8).numpy(), VAEConfig({size}), train)",
+        10_000,
+        lambda size: memory.training_bytes(size, 2, 64),
+    ),
+    "evaluation": (
+        "from mnist_vae.evaluation.likelihood import quadrature_nll",
+        "quadrature_nll(VAE(VAEConfig({size})), torch.zeros(10_000, 784), 0.5)",
+        4_000,
+        lambda size: memory.evaluation_bytes(size, 2, 1, 1),
+    ),
+    "samples": (
+        "from mnist_vae.pictures.figures import samples_figure",
+        "draw(samples_figure(decode(VAE(VAEConfig()), prior_draws({size} ** 2, 2, 1)), {size}, 'x'))",
+        30,
+        lambda size: memory.samples_bytes(size, size, 256),
+    ),
+    "grid": (
+        "from mnist_vae.pictures.figures import manifold_figure",
+        "draw(manifold_figure(manifold(VAE(VAEConfig()), {size}, (0.05, 0.95), (1, 1)), 'x'))",
+        70,
+        lambda size: memory.grid_bytes(size, 256),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", WORK)
+def test_an_estimate_of_memory_is_near_what_the_stage_takes(stage):
+    imports, work, size, estimate = WORK[stage]
+    program = f"""
+from io import BytesIO
+from resource import RUSAGE_SELF, getrusage
+import torch
+{imports}
+from mnist_vae.model.latent import decode, manifold, prior_draws
+from mnist_vae.model.vae import VAE, VAEConfig
+from mnist_vae.params import Train
+train = Train(**{load_params(COMMITTED).train.model_dump() | {"epochs": 1, "accelerator": "cpu"}})
+draw = lambda figure: figure.savefig(BytesIO(), dpi=100)
+{work.format(size=2)}
+before = getrusage(RUSAGE_SELF).ru_maxrss
+{work.format(size=size)}
+print(getrusage(RUSAGE_SELF).ru_maxrss - before)
+"""
+    printed = subprocess.check_output([sys.executable, "-c", program], cwd=COMMITTED.parent, env=ENV, text=True)
+    taken = int(printed) * (1 if sys.platform == "darwin" else 1024)
+
+    assert taken / 1.5 < estimate(size) < 2 * taken
+
+
 # what is wrong with a name
 
 
 @pytest.mark.parametrize("name", EVERY_NAME)
 def test_a_missing_parameter_is_named(complaint, name):
     assert complaint(edited(name, "")) == [
-        f"params.yaml: {name} is missing; add it (README.md, “Parameters”, lists them all)"
+        f"params.yaml: {name} is missing; add it (`git show HEAD:params.yaml` explains them all)"
     ]
 
 
@@ -250,7 +441,7 @@ def test_a_missing_section_is_named(complaint, section):
     without = re.sub(rf"(?m)^{section}:\n(  .*\n)+", "", TEXT)
 
     assert complaint(without) == [
-        f"params.yaml: {section} is missing; add it (README.md, “Parameters”, lists them all)"
+        f"params.yaml: {section} is missing; add it (`git show HEAD:params.yaml` explains them all)"
     ]
 
 
@@ -284,6 +475,27 @@ def test_an_unheard_of_parameter_is_answered_with_the_known_ones(complaint):
     assert lines == ["params.yaml: grid.zzz is not a parameter; known here: size, quantiles"]
 
 
+@pytest.mark.parametrize("key", ["1", "null", "2.5", "[a, b]", "2026-01-01", "x" * 120, r'"two\nlines"', r'"\u2028"'])
+def test_any_key_is_named_on_one_line(complaint, key):
+    (line,) = complaint(edited("grid.size", f"  size: 15\n  {key}: 1"))
+
+    assert re.match(r"params.yaml: (grid\.|null).{1,55} is not a parameter; ", line)
+    assert len(line) < 130
+
+
+def test_half_of_a_character_is_refused(complaint_about):
+    line = complaint_about("data.dataset", r'"\ud800"')
+
+    assert line == r"params.yaml: data.dataset is '\ud800'; it must be valid Unicode text"
+
+
+def test_more_complaints_than_there_are_parameters_are_counted(complaint):
+    lines = complaint(TEXT + "".join(f"  x{i}: 1\n" for i in range(1000)))
+
+    assert len(lines) == 51
+    assert lines[-1] == "params.yaml: and 950 more such lines"
+
+
 def test_all_that_is_wrong_is_named_at_once(complaint):
     text = TEXT.replace("epochs: 10", "epochs: ten").replace("rows: 4", "rows: 0").replace("size: 15", "")
 
@@ -298,7 +510,9 @@ def test_all_that_is_wrong_is_named_at_once(complaint):
 def test_a_parameter_given_twice_is_refused(complaint):
     lines = complaint(edited("train.epochs", "  epochs: 10\n  epochs: 20"))
 
-    assert 'found duplicate key "epochs"' in lines[0]
+    number = TEXT[: TEXT.index("  epochs: ")].count("\n") + 2
+    says = 'found duplicate key "epochs" with value "20" (original value: "10")'
+    assert lines == [f"params.yaml is not valid YAML (line {number}): {says}"]
 
 
 @pytest.mark.parametrize("text", ["train: [1, 2", "a: b: c", "\ttrain:\n", "train: {", "'"])
@@ -309,7 +523,61 @@ def test_what_is_not_yaml_is_answered_with_its_line(complaint, text):
 
 
 def test_what_is_not_text_is_refused(complaint):
-    assert complaint(b"train: \xff\xfe\n") == ["params.yaml is not valid YAML: it is not UTF-8 text"]
+    assert complaint(b"#\ntrain: \xff\xfe\n") == ["params.yaml is not valid YAML (line 2): it is not UTF-8 text"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: \0",
+        "a: \x1b[31m",
+        "%YAML 9.9\n---\na: 1",
+        "---\na\n---\nb",
+        "*b",
+        "!!python/object:os.system x",
+        "{a: b}: c",
+    ],
+)
+def test_what_yaml_does_not_know_is_refused_on_one_line(complaint, text):
+    (line,) = complaint(text)
+
+    assert re.match(r"params\.yaml is not valid YAML( \(line \d\))?: \w", line)
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("text", ["[" * 1000, "{a: " * 1000, "? " * 1000, "[" * 500 + "]" * 500])
+def test_what_is_nested_too_deeply_is_refused(complaint, text):
+    (line,) = complaint("train: " + text)
+
+    assert line.startswith("params.yaml is not valid YAML")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("nine", ["[{}]", "{{x: [{}]}}", "{{<<: [{}]}}"])
+def test_aliases_of_aliases_do_not_multiply(complaint, nine):
+    laughs = [f"{b}: &{b} {nine.format(', '.join([f'*{a}'] * 9))}\n" for a, b in pairwise("abcdefghij")]
+
+    lines = complaint("a: &a {x: lol}\n" + "".join(laughs) + "train: *j\n")
+
+    assert max(map(len, lines)) < 250
+
+
+def test_an_alias_may_stand_for_a_value(load):
+    text = edited("train.seed", "  seed: &seed 7").replace("evaluate:\n  seed: 1", "evaluate:\n  seed: *seed")
+
+    assert load(text).evaluate.seed == 7
+
+
+@pytest.mark.parametrize("text", [TEXT.replace("\n", "\r\n"), "\ufeff" + TEXT])
+def test_what_windows_adds_to_a_text_does_no_harm(load, text):
+    assert load(text) == load(TEXT)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("size", [65_537, 10**8])
+def test_a_file_too_large_for_params_yaml_is_not_parsed(load, size):
+    with pytest.raises(UserError, match=r"^params.yaml has more than 65,536 bytes.*`git checkout -- params.yaml`"):
+        load(b"- [1]\n" * (size // 6 + 1))
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "3\n", "[1, 2]\n"])
@@ -324,3 +592,23 @@ def test_a_missing_file_is_answered_with_the_way_to_get_it_back(tmp_path):
         load_params(tmp_path / "params.yaml")
 
     assert str(tmp_path / "params.yaml") in str(error.value)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_not_a_file_is_refused(tmp_path, make):
+    make(tmp_path / "params.yaml")
+
+    with pytest.raises(UserError, match=r"params.yaml is not a file; .*`git checkout -- params.yaml` brings it back$"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("failure", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_cannot_be_read_is_answered_with_the_reason(monkeypatch, failure):
+    def refuse(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+    with pytest.raises(UserError, match=rf"params.yaml cannot be read \({failure.strerror}\); change its permissions"):
+        load_params(COMMITTED)

@@ -4,24 +4,29 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mlflow import MlflowClient
 from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
-from mnist_vae.params import load_params
 from mnist_vae.evaluation.model_card import meaning_of
+from mnist_vae.model.model_file import load_model
+from mnist_vae.params import load_params
 from tests.pipeline import run, set_params, stages_run
+from tests.runs import artifacts, children, client_of, main_run, stored_runs
 
 pytestmark = pytest.mark.slow
 
 STAGES = ["download", "train", "evaluate", "render_samples", "render_grid"]
 PICTURES = ["grid", "latents", "losses", "nll", "reconstructions", "samples", "traversal"]
 NOBODY = "http://127.0.0.1:9"  # the discard port: connections are refused
+OFFLINE = {"MNIST_MIRROR": "", "http_proxy": NOBODY, "https_proxy": NOBODY}
 
 
 def outputs(clone: Path) -> dict[str, Path]:
@@ -34,17 +39,17 @@ def contents(clone: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in outputs(clone).items()}
 
 
-def only_run(clone: Path):
-    client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("mnist-vae")
-    [found] = client.search_runs([experiment.experiment_id])
-    return client, found
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+# what a run makes
 
 
 def test_all_artifacts_are_made(finished_pipeline):
     assert all(path.is_file() for path in outputs(finished_pipeline).values())
     assert {f"plots/{name}.png" for name in PICTURES} <= outputs(finished_pipeline).keys()
-    assert torch.load(finished_pipeline / "models/vae.pt", weights_only=True)["weights"]
+    assert load_model(finished_pipeline / "models/vae.safetensors").dataset == "scikit-learn digits (not MNIST)"
 
 
 def test_losses_have_one_row_per_epoch(finished_pipeline):
@@ -54,7 +59,7 @@ def test_losses_have_one_row_per_epoch(finished_pipeline):
 
 
 def test_metrics_are_flat_and_explained(finished_pipeline):
-    metrics = json.loads((finished_pipeline / "metrics/evaluate.json").read_text())
+    metrics = read_json(finished_pipeline / "metrics/evaluate.json")
     assert metrics["dataset"] == "digits"
     assert metrics["images"] == 359
     about = {"dataset", "binarize", "images", "test_sha256"}
@@ -69,34 +74,57 @@ def test_latent_map_has_one_row_per_test_image(finished_pipeline):
     assert len(codes) == 359
 
 
-def test_one_mlflow_run_has_everything(finished_pipeline):
-    client, found = only_run(finished_pipeline)
-    assert found.info.run_id == (finished_pipeline / "models/run_id").read_text().strip()
+def test_the_card_names_the_training_by_its_fingerprint(finished_pipeline):
+    card = (finished_pipeline / "metrics/report.md").read_text()
+    assert load_model(finished_pipeline / "models/vae.safetensors").fingerprint in card
+    assert run(finished_pipeline, "git", "rev-parse", "HEAD~1").stdout[:7] not in card
+
+
+# what MLflow has of it
+
+
+def test_one_mlflow_run_has_all_parameters_and_tags(finished_pipeline):
+    [found] = stored_runs(finished_pipeline)
     assert found.info.status == "FINISHED"
 
     params = load_params(finished_pipeline / "params.yaml")
     expected = params.flat("data", "model", "train", "evaluate", "samples", "grid")
     assert found.data.params == {name: str(value) for name, value in expected.items()}
 
-    digest = json.loads((finished_pipeline / "data/dataset.json").read_text())["digest"]
-    assert found.data.tags["dataset"] == "digits"
-    assert found.data.tags["dataset_digest"] == digest
-    head = run(finished_pipeline, "git", "rev-parse", "HEAD~1").stdout.strip()  # the commit that it ran on
-    assert found.data.tags["git_commit"] == head
-    assert found.data.tags["git_dirty"] == "true"  # params.yaml was changed
+    fingerprint = load_model(finished_pipeline / "models/vae.safetensors").fingerprint
+    commit = run(finished_pipeline, "git", "rev-parse", "HEAD~1").stdout.strip()  # the one that it ran on
+    expected = {
+        "fingerprint": fingerprint,
+        "dataset": "digits",
+        "dataset_digest": read_json(finished_pipeline / "data/dataset.json")["digest"],
+        "git_commit": commit,
+        "git_dirty": "true",  # params.yaml was changed
+    }
+    assert expected.items() <= found.data.tags.items()
 
-    history = client.get_metric_history(found.info.run_id, "train_loss")
-    assert [point.step for point in history] == [1, 2]
-    evaluated = json.loads((finished_pipeline / "metrics/evaluate.json").read_text())
-    assert found.data.metrics["test_nll"] == evaluated["nll"]
 
-    artifacts = finished_pipeline / "mlruns/mnist-vae" / found.info.run_id / "artifacts"
-    logged = {path.relative_to(artifacts).as_posix() for path in artifacts.rglob("*") if path.is_file()}
-    assert {name for name in outputs(finished_pipeline) if name.startswith(("plots/", "metrics/"))} <= logged
-    assert sorted(name[:21] for name in logged if name.startswith("images/") and name.endswith(".png")) == [
-        "images/samples+step+1",
-        "images/samples+step+2",
-    ]
+def test_one_mlflow_run_has_all_metrics_in_groups(finished_pipeline):
+    client, found = client_of(finished_pipeline), main_run(finished_pipeline)
+    losses = pd.read_csv(finished_pipeline / "plots/losses.csv")
+    for name in ("loss", "bce", "kld"):
+        history = client.get_metric_history(found.info.run_id, f"train/{name}")
+        assert [(point.step, point.value) for point in history] == list(zip([1, 2], losses[name], strict=True))
+
+    evaluated, metrics = read_json(finished_pipeline / "metrics/evaluate.json"), found.data.metrics
+    assert metrics["test/nll"] == evaluated["nll"]
+    assert metrics["quality/samples_coverage"] == evaluated["samples_coverage"]
+    assert {name.partition("/")[0] for name in metrics} <= {"train", "test", "quality", "codes", "system"}
+
+
+def test_one_mlflow_run_has_all_files_and_a_frame_per_epoch(finished_pipeline):
+    logged = artifacts(main_run(finished_pipeline))
+    made = {name: content for name, content in contents(finished_pipeline).items() if not name.startswith("data/")}
+    assert {name: logged.get(name) for name in made} == made
+    frames = sorted(name for name in logged if name.startswith("images/") and name.endswith(".png"))
+    assert [name[:21] for name in frames] == ["images/samples+step+1", "images/samples+step+2"]
+
+
+# running again
 
 
 def test_nothing_runs_twice(pipeline):
@@ -105,26 +133,40 @@ def test_nothing_runs_twice(pipeline):
     assert "up to date" in again
 
 
-def test_a_parameter_reruns_what_depends_on_it_and_back_comes_from_the_cache(pipeline):
-    before = contents(pipeline)
+def test_two_forced_runs_give_equal_bytes_and_one_mlflow_run(pipeline):
+    before, [found] = contents(pipeline), stored_runs(pipeline)
+    assert stages_run(run(pipeline, "dvc", "repro", "--force").stdout) == STAGES
+    after, [again] = contents(pipeline), stored_runs(pipeline)
+    assert {name for name in before | after if after.get(name) != before.get(name)} == set()
+    assert again.info.run_id == found.info.run_id
+    assert again.info.status == "FINISHED"
+    history = client_of(pipeline).get_metric_history(found.info.run_id, "train/loss")
+    assert [point.step for point in history] == [1, 2]
+
+
+def test_another_parameter_of_a_later_stage_makes_a_child_run_and_back_comes_from_the_cache(pipeline):
+    before, parent = contents(pipeline), main_run(pipeline)
+    logged = artifacts(parent)
     set_params(pipeline, {"grid.size": 4})
     assert stages_run(run(pipeline, "dvc", "repro").stdout) == ["render_grid"]
-    assert contents(pipeline)["plots/grid.png"] != before["plots/grid.png"]
+    after = contents(pipeline)
+    assert after["plots/grid.png"] != before["plots/grid.png"]
+
+    [child] = children(pipeline, parent)
+    assert child.info.status == "FINISHED"
+    assert child.data.params == {"grid.size": "4", "grid.quantiles": "[0.05, 0.95]"}
+    assert artifacts(child)["plots/grid.png"] == after["plots/grid.png"]
+    assert main_run(pipeline).data.params == parent.data.params
+    assert artifacts(parent) == logged
 
     set_params(pipeline, {"grid.size": 3})
     assert stages_run(run(pipeline, "dvc", "repro").stdout) == []
     assert contents(pipeline) == before
     assert "up to date" in run(pipeline, "dvc", "status").stdout
+    assert len(stored_runs(pipeline)) == 2
 
 
-def test_two_forced_runs_give_equal_bytes(pipeline):
-    before = contents(pipeline)
-    assert stages_run(run(pipeline, "dvc", "repro", "--force").stdout) == STAGES
-    after = contents(pipeline)
-    assert after.pop("models/run_id") != before.pop("models/run_id")
-    # The card names git's commit, and the fixture has made one since.
-    after.pop("metrics/report.md"), before.pop("metrics/report.md")
-    assert {name for name in after if after[name] != before[name]} == set()
+# what goes wrong
 
 
 @pytest.mark.parametrize(
@@ -146,39 +188,45 @@ def test_a_bad_parameter_is_one_line_and_loses_nothing(pipeline, parameter, valu
 
 
 def test_a_foreign_model_is_one_line_and_loses_nothing(pipeline):
-    model = pipeline / "models/vae.pt"
+    model = pipeline / "models/vae.safetensors"
     model.unlink()
-    torch.save({"weights": {}}, model)
+    save_file({"weights": torch.zeros(3)}, model)
     before = contents(pipeline)
-    failed = run(pipeline, sys.executable, "-m", "stages", "evaluate", check=False)
+    failed = run(pipeline, sys.executable, "-m", "stages", "evaluate", env={"PYTHONPATH": "src"}, check=False)
     assert failed.returncode == 1
-    assert "models/vae.pt is a torch file, but no model of this project" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    [line] = failed.stderr.splitlines()
+    assert line.startswith("evaluate: models/vae.safetensors is damaged or not what this project writes")
+    assert "`dvc repro train` makes it again" in line
     assert contents(pipeline) == before
 
 
-def test_a_lost_output_of_a_failed_stage_comes_back_from_git_where_the_cache_is_empty(pipeline):
-    shutil.rmtree(pipeline / ".dvc/cache")
-    set_params(pipeline, {"samples.rows": 0})
-    before = (pipeline / "plots/samples.png").read_bytes()
-    assert run(pipeline, "dvc", "repro", "--single-item", "render_samples", check=False).returncode != 0
-    assert (pipeline / "plots/samples.png").read_bytes() == before
+# where MNIST comes from
 
 
 def test_without_any_mirror_the_embedded_digits_are_announced(pipeline):
     set_params(pipeline, {"data.dataset": "mnist"})
-    offline = {"MNIST_MIRROR": "", "http_proxy": NOBODY, "https_proxy": NOBODY}
-    said = run(pipeline, "dvc", "repro", "download", env=offline)
+    said = run(pipeline, "dvc", "repro", "download", env=OFFLINE)
     assert "GOING ON WITHOUT MNIST" in said.stderr
     assert "dvc repro download --force" in said.stderr
-    about = json.loads((pipeline / "data/dataset.json").read_text())
+    about = read_json(pipeline / "data/dataset.json")
     assert (about["asked_for"], about["name"]) == ("mnist", "digits")
 
     set_params(pipeline, {"data.fallback": None})
-    failed = run(pipeline, "dvc", "repro", "download", env=offline, check=False)
+    failed = run(pipeline, "dvc", "repro", "download", env=OFFLINE, check=False)
     assert failed.returncode != 0
     assert "no mirror of MNIST answers" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_without_any_mirror_mnist_comes_from_the_cache_where_it_is_there(pipeline, mnist_folder):
+    set_params(pipeline, {"data.dataset": "mnist"})
+    run(pipeline, "dvc", "repro", "download", env={"MNIST_MIRROR": str(mnist_folder)})
+    before = contents(pipeline)
+    said = run(pipeline, "dvc", "repro", "--force", "download", env=OFFLINE)
+    assert "going on with MNIST from DVC's cache" in said.stderr
+    assert "GOING ON WITHOUT MNIST" not in said.stderr
+    assert read_json(pipeline / "data/dataset.json")["name"] == "mnist"
+    assert contents(pipeline) == before
 
 
 def test_a_wrong_mirror_is_one_line_and_loses_nothing(pipeline):
@@ -188,6 +236,9 @@ def test_a_wrong_mirror_is_one_line_and_loses_nothing(pipeline):
     assert failed.returncode != 0
     assert "no/such/folder/train-images-idx3-ubyte.gz does not exist" in failed.stderr
     assert contents(pipeline) == before
+
+
+# what a person at the terminal does
 
 
 def test_dvc_finds_the_environment_without_its_activation(pipeline):
@@ -211,26 +262,67 @@ def test_dvc_commands_read_well(pipeline):
     assert all(len(line.split(maxsplit=1)) == 2 and "Outputs" not in line for line in described)
 
 
-def test_black_and_white_results_have_names_of_their_own(pipeline):
-    set_params(pipeline, {"data.binarize": "dynamic", "train.epochs": 1})
-    run(pipeline, "dvc", "repro")
-    metrics = json.loads((pipeline / "metrics/evaluate.json").read_text())
+# other models
+
+
+def run_with(finished_pipeline: Path, folder: Path, params: Mapping[str, Any]) -> Path:
+    """A copy of the finished pipeline that has run with other parameters."""
+    clone = Path(shutil.copytree(finished_pipeline, folder / "mnist-vae", symlinks=True))
+    set_params(clone, params)
+    run(clone, "dvc", "repro")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def five_black_and_white(finished_pipeline, tmp_path_factory) -> Path:
+    params = {"data.binarize": "dynamic", "model.latent_dim": 5, "train.epochs": 1}
+    return run_with(finished_pipeline, tmp_path_factory.mktemp("five"), params)
+
+
+@pytest.fixture(scope="module")
+def one_validated(finished_pipeline, tmp_path_factory) -> Path:
+    params = {"model.latent_dim": 1, "train.validation_size": 1000}
+    return run_with(finished_pipeline, tmp_path_factory.mktemp("one"), params)
+
+
+def test_black_and_white_results_have_names_of_their_own(five_black_and_white):
+    metrics = read_json(five_black_and_white / "metrics/evaluate.json")
     assert metrics["binarize"] == "dynamic"
     assert "nll_dynamic" in metrics
     assert "nll" not in metrics
-    assert "train_loss_dynamic" in json.loads((pipeline / "metrics/train.json").read_text())
+    assert "train_loss_dynamic" in read_json(five_black_and_white / "metrics/train.json")
+    logged = main_run(five_black_and_white).data.metrics
+    assert {"train/loss_dynamic", "test/nll_dynamic"} <= logged.keys()
+    assert logged.keys().isdisjoint({"train/loss", "test/nll"})
 
 
-def test_one_latent_dimension_runs_through(pipeline):
-    set_params(pipeline, {"model.latent_dim": 1, "train.epochs": 1})
-    run(pipeline, "dvc", "repro")
-    assert json.loads((pipeline / "metrics/evaluate.json").read_text())["nll_method"] == "quadrature"
-    assert "index.html" in run(pipeline, "dvc", "plots", "show").stdout
+def test_five_latent_dimensions_are_measured_by_importance_sampling(five_black_and_white):
+    metrics = read_json(five_black_and_white / "metrics/evaluate.json")
+    assert metrics["nll_method_dynamic"] == "importance sampling, K = 4"
+    assert {f"kld_z{dim}_dynamic" for dim in range(5)} <= metrics.keys()
 
 
-def test_five_latent_dimensions_run_through(pipeline):
-    set_params(pipeline, {"model.latent_dim": 5, "train.epochs": 1})
-    run(pipeline, "dvc", "repro")
-    metrics = json.loads((pipeline / "metrics/evaluate.json").read_text())
-    assert metrics["nll_method"] == "importance sampling, K = 4"
-    assert {f"kld_z{dim}" for dim in range(5)} <= metrics.keys()
+def test_one_latent_dimension_is_measured_by_quadrature_and_has_plots(one_validated):
+    assert read_json(one_validated / "metrics/evaluate.json")["nll_method"] == "quadrature"
+    assert "index.html" in run(one_validated, "dvc", "plots", "show").stdout
+
+
+def test_held_out_images_give_validation_losses_and_choose_the_champion(one_validated):
+    trained = read_json(one_validated / "metrics/train.json")
+    losses = pd.read_csv(one_validated / "plots/losses.csv")
+    best = int(losses["val_loss"].argmin())
+    assert trained["best_epoch"] == losses["epoch"][best]
+    assert trained["val_loss"] == pytest.approx(losses["val_loss"][best])
+
+    client, found = client_of(one_validated), main_run(one_validated)
+    history = client.get_metric_history(found.info.run_id, "val/loss")
+    assert [point.value for point in history] == losses["val_loss"].tolist()
+    [version] = client.search_model_versions(f"name = 'mnist-vae-decoder' and run_id = '{found.info.run_id}'")
+    assert version.tags["selected_by"] == "validation nll"
+    assert float(version.tags["nll"]) == read_json(one_validated / "metrics/evaluate.json")["val_nll"]
+
+
+def test_another_training_is_another_run(one_validated, finished_pipeline):
+    first, second = stored_runs(one_validated)
+    assert first.info.run_id == main_run(finished_pipeline).info.run_id
+    assert second.info.run_id == main_run(one_validated).info.run_id

@@ -34,42 +34,42 @@ def repository(tmp_path):
     return folder
 
 
-def test_a_clean_checkout_is_named_by_its_commit(repository):
+def test_git_state_names_a_clean_checkout_by_its_commit(repository):
     head = (repository / ".git" / "refs" / "heads").glob("*")
 
     assert git_state(repository) == {"git_commit": next(head).read_text().strip(), "git_dirty": "false"}
 
 
-def test_a_changed_file_makes_it_dirty(repository):
+def test_git_state_is_dirty_with_a_changed_file(repository):
     (repository / "train.py").write_text("second\n")
 
     assert git_state(repository)["git_dirty"] == "true"
 
 
-def test_a_new_file_makes_it_dirty(repository):
+def test_git_state_is_dirty_with_a_new_file(repository):
     (repository / "new.py").touch()
 
     assert git_state(repository)["git_dirty"] == "true"
 
 
 @pytest.mark.parametrize("output", ["metrics/train.json", "metrics/new.json", "plots/grid.png", "dvc.lock"])
-def test_what_the_pipeline_writes_does_not(repository, output):
+def test_git_state_stays_clean_whatever_the_pipeline_writes(repository, output):
     (repository / output).write_text("second\n")
 
     assert git_state(repository)["git_dirty"] == "false"
 
 
-def test_outside_of_git_it_is_unknown(tmp_path):
+def test_git_state_is_unknown_outside_of_git(tmp_path):
     assert git_state(tmp_path) == UNKNOWN
 
 
-def test_before_the_first_commit_it_is_unknown(tmp_path):
+def test_git_state_is_unknown_before_the_first_commit(tmp_path):
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
 
     assert git_state(tmp_path) == UNKNOWN
 
 
-def test_without_git_it_is_unknown(repository, monkeypatch):
+def test_git_state_is_unknown_without_git(repository, monkeypatch):
     monkeypatch.setenv("PATH", "")
 
     assert git_state(repository) == UNKNOWN

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
+from mnist_vae.model.model_file import load_model
 from tests.pipeline import commit, run, set_params, stages_run
+from tests.runs import artifacts, stored_runs
 from tools.verify import md5, read_lock
 
 pytestmark = pytest.mark.slow
@@ -112,9 +113,13 @@ def colleague(shared: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_a_clone_and_a_pull_bring_every_artifact(shared):
     author, colleague = shared
     artifacts = read_lock((author / "dvc.lock").read_bytes())
-    assert {"data/dataset.npz", "models/vae.pt", "plots/grid.png", "plots/explorer.html", "metrics/report.md"} <= {
-        artifact.path for artifact in artifacts
-    }
+    assert {
+        "data/dataset.npz",
+        "models/vae.safetensors",
+        "plots/grid.png",
+        "plots/explorer.html",
+        "metrics/report.md",
+    } <= {artifact.path for artifact in artifacts}
     for artifact in artifacts:
         assert md5((colleague / artifact.path).read_bytes()) == artifact.md5, artifact.path
 
@@ -155,18 +160,16 @@ def test_a_colleague_sees_plots_and_numbers(colleague):
 
 
 @pytest.mark.parametrize("shared", ["folder"], indirect=True)
-def test_a_colleague_goes_on_from_there_in_a_store_of_their_own(colleague):
-    run_id = (colleague / "models/run_id").read_text().strip()
+def test_a_colleague_goes_on_in_a_store_of_their_own_with_one_run_for_the_pulled_model(colleague):
     set_params(colleague, {"grid.size": 4})
     assert stages_run(run(colleague, "dvc", "repro").stdout) == ["render_grid"]
     set_params(colleague, {"samples.rows": 1})
     assert stages_run(run(colleague, "dvc", "repro").stdout) == ["render_samples"]
 
-    client = MlflowClient(f"sqlite:///{colleague / 'mlflow.db'}")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    [instead] = client.search_runs(experiments)
-    assert instead.data.tags["replaces_run"] == run_id
-    assert instead.data.params["grid.size"] == "4"
-    assert instead.data.params["samples.rows"] == "1"
-    logged = {path.name for path in (colleague / "mlruns").rglob("*.png")}
-    assert logged == {"grid.png", "samples.png", "description.png"}
+    [found] = stored_runs(colleague)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["fingerprint"] == load_model(colleague / "models/vae.safetensors").fingerprint
+    assert found.data.params["grid.size"] == "4"
+    assert found.data.params["samples.rows"] == "1"
+    pictures = {name for name in artifacts(found) if name.endswith(".png")}
+    assert pictures == {"plots/grid.png", "plots/samples.png", "description.png"}

@@ -196,7 +196,7 @@ def test_an_accelerator_that_is_not_there_is_named(images):
 
 
 def test_training_stops_when_the_training_loss_no_longer_improves_enough(images):
-    improving_too_little = settings(epochs=20, patience=3, min_delta=1e9)
+    improving_too_little = settings(epochs=20, patience=3, min_delta=1e6)
 
     assert len(fit(images, CONFIG, improving_too_little).history) == 1 + 3
 

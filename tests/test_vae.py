@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from mnist_vae.model.vae import VAE, VAEConfig, Posterior, negative_elbo, negative_log_likelihood, to_pixels
+from mnist_vae.model.vae import VAE, Posterior, VAEConfig, negative_elbo, negative_log_likelihood, to_pixels
 
 
 def random(*shape, seed=0):
@@ -17,18 +17,18 @@ def random_posterior(images=7, latent_dim=3):
     return Posterior(3 * random(images, latent_dim, seed=1), 2 * random(images, latent_dim, seed=2))
 
 
-def test_kl_matches_torch_distributions():
+def test_kld_matches_torch_distributions():
     posterior = random_posterior()
     normal = Normal(posterior.mean, torch.exp(posterior.log_var).sqrt())
 
     torch.testing.assert_close(posterior.kld(), kl_divergence(normal, Normal(0.0, 1.0)))
 
 
-def test_kl_is_zero_where_the_posterior_is_the_prior():
+def test_kld_is_zero_where_the_posterior_is_the_prior():
     assert Posterior(torch.zeros(2, 3), torch.zeros(2, 3)).kld().abs().max() == 0
 
 
-def test_the_likelihood_of_binary_images_matches_torch_distributions():
+def test_negative_log_likelihood_of_binary_images_matches_torch_distributions():
     logits, x = 4 * random(5, 784), (random(5, 784, seed=3) > 0).double()
 
     log_prob = Bernoulli(logits=logits).log_prob(x).sum(dim=1)
@@ -36,7 +36,7 @@ def test_the_likelihood_of_binary_images_matches_torch_distributions():
     torch.testing.assert_close(negative_log_likelihood(logits, x), -log_prob)
 
 
-def test_the_likelihood_of_gray_images_is_a_mean_of_the_two_binary_ones():
+def test_negative_log_likelihood_of_gray_images_is_a_mean_of_the_two_binary_ones():
     logits = 4 * random(5, 784)
     ink, paper = torch.ones(5, 784).double(), torch.zeros(5, 784).double()
 
@@ -46,7 +46,7 @@ def test_the_likelihood_of_gray_images_is_a_mean_of_the_two_binary_ones():
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 4.0])
-def test_the_loss_is_bce_plus_weighted_kl_summed_over_the_batch(kl_weight):
+def test_negative_elbo_is_bce_plus_weighted_kld_summed_over_the_batch(kl_weight):
     logits, x, posterior = random(7, 784), random(7, 784, seed=3).sigmoid(), random_posterior()
 
     loss, bce, kld = negative_elbo(logits, x, posterior, kl_weight)
@@ -56,13 +56,13 @@ def test_the_loss_is_bce_plus_weighted_kl_summed_over_the_batch(kl_weight):
     torch.testing.assert_close(loss, bce + kl_weight * kld)
 
 
-def test_the_kl_weight_is_one_unless_said_otherwise():
+def test_negative_elbo_has_a_kl_weight_of_one_by_default():
     loss, bce, kld = negative_elbo(random(7, 784), random(7, 784, seed=3).sigmoid(), random_posterior())
 
     torch.testing.assert_close(loss, bce + kld)
 
 
-def test_draws_have_the_posteriors_mean_and_standard_deviation():
+def test_posterior_sample_has_the_posteriors_mean_and_standard_deviation():
     mean, std = torch.tensor([[-3.0, 0.0, 5.0]]), torch.tensor([[0.5, 1.0, 4.0]])
     posterior = Posterior(mean.expand(100_000, 3), (2 * std.log()).expand(100_000, 3))
 
@@ -72,7 +72,7 @@ def test_draws_have_the_posteriors_mean_and_standard_deviation():
     assert ((z.mean(dim=0) - mean[0]).abs() < 5 * std[0] / math.sqrt(len(z))).all()
 
 
-def test_a_draw_carries_gradients_to_mean_and_log_variance():
+def test_posterior_sample_carries_gradients_to_mean_and_log_variance():
     mean, log_var = torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     posterior = Posterior(mean, log_var)
 
@@ -83,7 +83,7 @@ def test_a_draw_carries_gradients_to_mean_and_log_variance():
     torch.testing.assert_close(log_var.grad, 0.5 * z.detach())  # d(exp(v/2) · eps)/dv at v = 0
 
 
-def test_the_same_generator_gives_the_same_draw():
+def test_posterior_sample_is_the_same_for_the_same_generator():
     posterior = random_posterior()
 
     def first_draw(seed):
@@ -93,7 +93,7 @@ def test_the_same_generator_gives_the_same_draw():
     assert not torch.equal(first_draw(1), first_draw(2))
 
 
-def test_the_forward_pass_decodes_a_draw_of_its_generator():
+def test_forward_decodes_a_draw_of_its_generator():
     torch.manual_seed(0)
     vae, x = VAE(VAEConfig(hidden_dim=8)), torch.rand(3, 784)
 
@@ -102,7 +102,7 @@ def test_the_forward_pass_decodes_a_draw_of_its_generator():
     assert torch.equal(logits, vae.decode(posterior.sample(torch.Generator().manual_seed(4))))
 
 
-def test_layers_are_784_256_2_256_784():
+def test_vae_has_layers_of_784_256_2_256_784():
     vae = VAE(VAEConfig())
 
     by_hand = (784 * 256 + 256) + 2 * (256 * 2 + 2) + (2 * 256 + 256) + (256 * 784 + 784)
@@ -114,7 +114,7 @@ def test_layers_are_784_256_2_256_784():
     assert vae.decode(torch.zeros(5, 3, 2)).shape == (5, 3, 784)
 
 
-def test_both_hidden_layers_are_rectified():
+def test_vae_rectifies_both_hidden_layers():
     torch.manual_seed(0)
     vae = VAE(VAEConfig(hidden_dim=8, latent_dim=2))
     (hidden_in, _), (hidden_out, _, last) = vae.encoder, vae.decoder
@@ -126,7 +126,7 @@ def test_both_hidden_layers_are_rectified():
     torch.testing.assert_close(vae.decode(z), torch.relu(hidden_out(z)) @ last.weight.T + last.bias)
 
 
-def test_extreme_logits_overflow_neither_loss_nor_gradient():
+def test_negative_log_likelihood_of_extreme_logits_overflows_neither_in_value_nor_in_gradient():
     logits = torch.tensor([[1e4, -1e4, 1e4, -1e4]], requires_grad=True)
     x = torch.tensor([[1.0, 0.0, 0.0, 1.0]])  # right, right, wrong, wrong
 
@@ -137,5 +137,5 @@ def test_extreme_logits_overflow_neither_loss_nor_gradient():
     assert logits.grad.tolist() == [[0, 0, 1, -1]]
 
 
-def test_pixels_are_the_probability_of_ink():
+def test_to_pixels_gives_the_probability_of_ink():
     assert to_pixels(torch.tensor([-1e4, 0.0, 1e4])).tolist() == [0, 0.5, 1]

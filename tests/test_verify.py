@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import safetensors.numpy
 from PIL import Image
 
 from tests.pipeline import clone_working_tree, commit, environment, run
-from tools.clone import ROOT
+from tools.clone import ROOT, clone, git
 from tools.difference import difference
 from tools.table import table
 from tools.verify import Artifact, CannotVerifyError, check_dataset, compare, md5, read_lock, summary
@@ -62,7 +63,9 @@ def test_compare_says_by_how_much_a_file_differs(judged):
 
 
 def test_compare_says_where_the_old_content_is_unknown(judged):
-    assert judged("models/vae.safetensors", b"old", b"new", known=False).startswith("differs: by how much is unknown")
+    assert judged("models/vae.safetensors", b"old", b"new", known=False) == (
+        "differs: the old file is neither in git nor in the cache"
+    )
 
 
 def test_compare_names_an_artifact_that_only_the_new_run_has(tmp_path):
@@ -180,21 +183,21 @@ def test_summary_counts_what_is_reproduced():
     assert summary(["equal", "equal"], HERE, HERE) == "The committed run is reproduced: 2 equal."
 
 
-def test_summary_names_another_cpu_as_the_likely_reason():
+def test_summary_names_what_differs_in_the_environment():
     text = summary(["equal", "differs: 1 → 2 bytes"], HERE, {**HERE, "cpu": "AVX2"})
     assert text.startswith("1 equal, 1 differs.")
-    assert "another cpu:" in text
+    assert "Other than in the committed run: cpu." in text
     assert "| cpu   | AVX512        | AVX2 |" in text
 
 
 def test_summary_takes_an_equal_environment_for_no_reason():
-    assert "the reason is another" in summary(["differs: 1 → 2 bytes"], HERE, HERE)
+    assert "so the environment is not the reason" in summary(["differs: 1 → 2 bytes"], HERE, HERE)
 
 
 def test_summary_says_where_no_environment_was_recorded():
     text = summary(["missing: was not made"], {}, HERE)
-    assert "is not committed" in text
-    assert "not recorded" in text
+    assert "| cpu   | not recorded  | AVX512 |" in text
+    assert "Other than in the committed run: cpu, torch." in text
 
 
 # Nothing to compare
@@ -218,6 +221,40 @@ def test_verify_outside_of_git_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("verify: git rev-parse: fatal: not a git repository")
     assert len(done.stderr.splitlines()) == 1
+
+
+# What it runs in
+
+
+def test_environment_names_no_other_workspace(monkeypatch, tmp_path):
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "GIT_DIR"):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("MNIST_MIRROR", "../mnist")
+    env = environment(tmp_path, EXTRA="1")
+    assert "elsewhere" not in env.values()
+    assert env["MNIST_MIRROR"] == str(ROOT / "../mnist")
+    assert env["PATH"].startswith(str(Path(sys.executable).parent))
+    assert env["EXTRA"] == "1"
+
+
+def test_environment_leaves_an_address_of_mnist_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("MNIST_MIRROR", "https://example.org/mnist")
+    assert environment(tmp_path)["MNIST_MIRROR"] == "https://example.org/mnist"
+
+
+def test_clone_has_the_files_of_the_commit_and_no_way_back(tmp_path):
+    folder = clone(tmp_path / "clone")
+    assert git("rev-parse", "HEAD", folder=folder) == git("rev-parse", "HEAD")
+    assert git("status", "--porcelain", folder=folder) == ""
+    assert git("remote", folder=folder) == ""
+
+
+def test_clone_has_the_files_of_the_working_tree_where_asked(tmp_path):
+    folder = clone(tmp_path / "clone", uncommitted=True)
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    expected = {name: (ROOT / name).read_bytes() for name in listed if (ROOT / name).is_file()}
+    found = {path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts}
+    assert {str(path.relative_to(folder)): path.read_bytes() for path in found} == expected
 
 
 # The whole of it
@@ -260,7 +297,7 @@ def test_verify_reproduces_every_artifact_but_a_changed_picture(pipeline, tmp_pa
     assert results.keys() == {artifact.path for artifact in read_lock(lock.read_bytes())}
     assert results.pop("plots/grid.png").startswith("differs: ")
     assert set(results.values()) == {"equal"}, done.stdout
-    assert "The environment is that of the committed run" in done.stdout
+    assert "so the environment is not the reason" in done.stdout
     assert "verifying HEAD, not your uncommitted changes" in done.stderr
     assert not list(folder.glob("mnist-vae-verify-*"))
     assert run(pipeline, "git", "status", "--porcelain").stdout.split() == ["M", "params.yaml"]
@@ -268,10 +305,10 @@ def test_verify_reproduces_every_artifact_but_a_changed_picture(pipeline, tmp_pa
 
 @pytest.mark.slow
 def test_verify_compares_nothing_where_mnist_is_out_of_reach(tmp_path):
-    clone = clone_working_tree(tmp_path / "clone")
-    assert json.loads((clone / "metrics/train.json").read_text())["dataset"] == "mnist"
+    folder = clone_working_tree(tmp_path / "clone")
+    assert json.loads((folder / "metrics/train.json").read_text())["dataset"] == "mnist"
     nobody = "http://127.0.0.1:9"  # the discard port: connections are refused
-    done = run_verify(clone, MNIST_MIRROR=nobody, http_proxy=nobody, https_proxy=nobody, no_proxy="")
+    done = run_verify(folder, MNIST_MIRROR=nobody, http_proxy=nobody, https_proxy=nobody, no_proxy="")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("verify: nothing to compare: the committed run was made on mnist")
     assert "Running stage 'train'" not in done.stderr

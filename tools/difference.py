@@ -2,19 +2,30 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+import pandas as pd
+import safetensors.numpy
+from PIL import Image
+
+# The values in a file, as arrays by name.
+READERS: Mapping[str, Callable[[bytes], Mapping[Any, Any]]] = {
+    ".json": lambda content: {name: np.asarray(value, object) for name, value in json.loads(content).items()},
+    ".csv": lambda content: {name: values.to_numpy() for name, values in pd.read_csv(io.BytesIO(content)).items()},
+    ".png": lambda content: {"pixels": np.asarray(Image.open(io.BytesIO(content)))},
+    ".npz": lambda content: dict(np.load(io.BytesIO(content))),
+    ".safetensors": safetensors.numpy.load,
+}
 
 
 def difference(suffix: str, old: bytes, new: bytes) -> str:
     """In how many values, and in which of them most; the sizes where a file is not made of values."""
     sizes = f"{len(old):,} → {len(new):,} bytes"
     try:
-        before, after = read_arrays(suffix, old), read_arrays(suffix, new)
-    except (ValueError, OSError, SafetensorError):
+        before, after = (READERS[suffix](content) for content in (old, new))
+    except (KeyError, ValueError, OSError, safetensors.SafetensorError):
         return sizes
     if {name: array.shape for name, array in before.items()} != {name: array.shape for name, array in after.items()}:
         return f"{sizes}, with values of other names or number"
@@ -25,29 +36,6 @@ def difference(suffix: str, old: bytes, new: bytes) -> str:
     most = max(gaps, key=lambda name: gaps[name])
     by = f" (by {gaps[most]:.2g})" if gaps[most] < np.inf else ""
     return f"{differing:,} of {sum(array.size for array in before.values()):,} values, most in {most}{by}"
-
-
-def read_arrays(suffix: str, content: bytes) -> Mapping[str, Any]:
-    """The values in a file as arrays by name; ValueError, OSError or SafetensorError where it has none."""
-    file = io.BytesIO(content)
-    match suffix:
-        case ".json":
-            return {name: np.asarray(value, dtype=object) for name, value in json.loads(content).items()}
-        case ".csv":
-            import pandas as pd
-
-            return {str(name): column.to_numpy() for name, column in pd.read_csv(file).items()}
-        case ".png":
-            from PIL import Image
-
-            return {"pixels": np.asarray(Image.open(file))}
-        case ".npz":
-            return dict(np.load(file))
-        case ".safetensors":
-            from safetensors.numpy import load
-
-            return load(content)
-    raise ValueError(f"{suffix} is no type of file with values")
 
 
 def largest_gap(before: Any, after: Any) -> float:

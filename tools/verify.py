@@ -132,26 +132,23 @@ def check_dataset(name: str, committed: str) -> None:
 
 
 def compare(artifacts: list[Artifact], folder: Path, committed: Callable[[Artifact], bytes | None]) -> list[list[str]]:
-    """Stage, path and result of each artifact next to the file in ``folder``, and of what only its dvc.lock has."""
+    """Stage, path and result of each artifact: ``equal``, ``missing: …`` or ``differs: …``, with by how much."""
     known = {artifact.path for artifact in artifacts}
-    rows = [
-        [artifact.stage, artifact.path, judge(artifact, folder / artifact.path, committed)] for artifact in artifacts
-    ]
     new = [artifact for artifact in read_lock((folder / "dvc.lock").read_bytes()) if artifact.path not in known]
-    return rows + [[artifact.stage, artifact.path, "differs: is not in the committed dvc.lock"] for artifact in new]
+    results = [judge(artifact, folder / artifact.path, committed) for artifact in artifacts]
+    results += ["differs: is not in the committed dvc.lock"] * len(new)
+    return [[one.stage, one.path, result] for one, result in zip(artifacts + new, results, strict=True)]
 
 
 def judge(artifact: Artifact, file: Path, committed: Callable[[Artifact], bytes | None]) -> str:
-    """``equal``, ``missing: …`` or ``differs: …``, with by how much."""
+    """The result of one artifact, of which ``file`` is the new version and ``committed`` finds the old one."""
     if not file.is_file():
         return "missing: was not made; is dvc.lock older than dvc.yaml?"
     new = file.read_bytes()
     if md5(new) == artifact.md5:
         return "equal"
     old = committed(artifact)
-    if old is None:
-        return "differs: by how much is unknown, as the old file is neither in git nor in DVC's cache"
-    return f"differs: {difference(file.suffix, old, new)}"
+    return f"differs: {difference(file.suffix, old, new) if old else 'the old file is neither in git nor in the cache'}"
 
 
 def md5(content: bytes) -> str:
@@ -179,16 +176,13 @@ def summary(results: Iterable[str], recorded: Mapping[str, str], here: Mapping[s
     if set(words) == {"equal"}:
         return f"The committed run is reproduced: {counted}."
     rows = [[name, recorded.get(name, "not recorded"), value] for name, value in here.items()]
-    if not recorded:
-        reason = f"{RECORD} is not committed, so the environment may be the reason."
-    elif others := [name for name, before, now in rows if before != now]:
-        reason = (
-            f"The reason may be another {', '.join(others)}: it changes the last bits of a sum, and training carries "
-            "them on. What counts then is by how much the losses differ."
-        )
-    else:
-        reason = "The environment is that of the committed run, so the reason is another."
-    return f"{counted}.\n\n{table(['', 'committed run', 'here'], rows)}\n\n{reason}"
+    others = [name for name, before, now in rows if before != now]
+    return (
+        f"{counted}.\n\n{table(['', 'committed run', 'here'], rows)}\n\n"
+        f"Other than in the committed run: {', '.join(others) or 'nothing, so the environment is not the reason'}. "
+        "Another environment changes the last bits of a sum, and training carries them on; what counts then is by how "
+        "much the losses differ."
+    )
 
 
 def say(message: str) -> None:

@@ -48,7 +48,7 @@ class Dataset:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What is in it: name, sizes, the SHA-256 of each array's bytes, and ``digest``, the SHA-256 of those."""
+        """What is in it: name, sizes, the SHA-256 of each array's bytes, and ``digest``, that of the name and those."""
         sha256 = {
             array: hashlib.sha256(np.ascontiguousarray(getattr(self, array)).data).hexdigest() for array in ARRAYS
         }
@@ -56,7 +56,7 @@ class Dataset:
             "name": self.name,
             "train_images": len(self.x_train),
             "test_images": len(self.x_test),
-            "digest": hashlib.sha256("".join(sha256.values()).encode()).hexdigest(),
+            "digest": hashlib.sha256("".join([self.name, *sha256.values()]).encode()).hexdigest(),
             "sha256": sha256,
         }
 

@@ -211,6 +211,7 @@ def _get(url: str) -> bytes:
 
 
 def _read_body(body: BaseHTTPResponse) -> bytes:
+    """The whole body; MirrorError as soon as it is too large or too slow."""
     content, begin = bytearray(), time.monotonic()
     while part := body.read1(1 << 16, decode_content=False):  # returns what there is, so that a slow sender is noticed
         content += part

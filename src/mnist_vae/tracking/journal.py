@@ -6,25 +6,25 @@ One folder per training, named by its fingerprint:
     payload/         the files that records speak of, each in a folder named by its content
     sent-….json      how far a tracking store has received it, one file per store (see sender.py)
 
-A record belongs to a place: ``main`` is the run of the training, anything else a child run. A stage that runs again
-with other parameters or other code writes to a place of its own, so nothing that was recorded is ever overwritten.
+A record belongs to a place: ``main`` for the training itself, one more for each stage with each key (its parameters
+and code). A stage that runs again with another key writes to another place, so nothing is ever overwritten.
 """
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mnist_vae.files import flush_to_disk, writable
+from mnist_vae.files import flush_to_disk, writable, write_bytes
 
 MAIN = "main"
-LOCK_TIMEOUT_S = 30
+LOCK_TIMEOUT_S = 5
 
 
 class Record(BaseModel):
@@ -127,30 +127,50 @@ class Journal:
         self._known: set[tuple[str, str, int]] = set()  # what may be there once, up to _offset
         self._offset = 0
 
-    def lock(self) -> FileLock:
-        """Held while something is appended; stages of parallel experiments may share a training."""
-        return FileLock(self.folder / "lock", timeout=LOCK_TIMEOUT_S)
-
-    def append(self, *records: AnyRecord) -> None:
-        """Add records, without those that are there already, and flush them to the disk.
+    def append(self, record: AnyRecord) -> None:
+        """Add a record, without what is there already, and flush it to the disk.
 
         There already means: a metric or an image of the same name, step and place. A training that was resumed, or
         run again, tells what it has told before.
+
+        Raises:
+            UserError: the disk is full or read-only, or the folder is not ours to write to.
         """
         with writable(self.path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.lock():
-                for known, self._offset in self.read(self._offset):
+            if not self.path.is_file():
+                self._make()
+            with self._alone(), self.path.open("ab") as file:
+                if not _ends_whole(self.path):  # a power cut left half a line
+                    file.write(b"\n")
+                    file.flush()
+                for known, offset in self.read(self._offset):
                     self._known.update(_identities(known))
-                new = [left for record in records if (left := _without(record, self._known))]
-                lines = [record.model_dump_json() for record in new]
-                with self.path.open("ab") as file:
-                    if not _ends_whole(self.path):  # a power cut left half a line
-                        file.write(b"\n")
-                    file.write("".join(f"{line}\n" for line in lines).encode())
+                    self._offset = offset
+                if new := _without(record, self._known):
+                    file.write(f"{new.model_dump_json()}\n".encode())
                     file.flush()
                     os.fsync(file.fileno())
-            flush_to_disk(self.folder)
+
+    def _make(self) -> None:
+        """An empty journal that outlasts a power cut."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
+            flush_to_disk(folder)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Take turns with other processes at the same training, but do not wait long for one that was stopped.
+
+        A line goes to the end of the file in one piece without the lock too; it could only be there twice then.
+        """
+        lock = FileLock(self.folder / "lock")
+        with suppress(Timeout):
+            lock.acquire(timeout=LOCK_TIMEOUT_S)
+        try:
+            yield
+        finally:
+            lock.release()  # does nothing where it is not held
 
     def read(self, offset: int = 0) -> Iterator[tuple[AnyRecord, int]]:
         """Records from an offset in bytes on, each with the offset behind it. Lines that are no records are skipped."""
@@ -173,26 +193,18 @@ class Journal:
 
     def keep_bytes(self, name: str, content: bytes) -> str:
         """Write a file into the payload; its name there. Equal content is kept once."""
-        payload = f"{hashlib.sha256(content).hexdigest()[:16]}/{name}"
-        target = self.folder / "payload" / payload
-        with writable(target):
-            if not target.is_file() or target.stat().st_size != len(content):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                scratch = target.with_name(f".{os.getpid()}-{name}")
-                scratch.write_bytes(content)
-                flush_to_disk(scratch)
-                scratch.replace(target)
-                flush_to_disk(target.parent)
+        payload = f"{_digest(content)}/{name}"
+        if self.find_payload(payload) is None:
+            write_bytes(self.folder / "payload" / payload, content)
         return payload
 
-    def open_payload(self, payload: str) -> Path:
-        """The path of a payload file."""
-        return self.folder / "payload" / payload
-
-    def place_of(self, stage: str, key: str) -> str:
-        """Where a stage of this key belongs: the main run for the first key that was seen, else a child's."""
-        first = next((r.key for r, _ in self.read() if isinstance(r, Begin) and r.stage == stage), key)
-        return MAIN if first == key else f"{stage}-{key}"
+    def find_payload(self, payload: str) -> Path | None:
+        """The path of a payload file; None where it is missing or is not what was kept."""
+        path = self.folder / "payload" / payload
+        try:
+            return path if _digest(path.read_bytes()) == path.parent.name else None
+        except OSError:
+            return None
 
     def open_stages(self) -> dict[str, Begin]:
         """The processes that have begun and not ended, by their name."""
@@ -204,9 +216,10 @@ class Journal:
                 running.pop(record.process, None)
         return running
 
-    def remove(self) -> None:
-        """Forget this training's journal."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+def place_of(stage: str, key: str) -> str:
+    """Where a stage's records belong; a stage without a key is the training itself."""
+    return f"{stage}-{key}" if key else MAIN
 
 
 def journals(workspace: Path) -> list[Journal]:
@@ -227,6 +240,10 @@ def _without(record: AnyRecord, known: set[tuple[str, str, int]]) -> AnyRecord |
         values = {name: v for name, v in record.values.items() if (record.place, name, record.step) not in known}
         return record.model_copy(update={"values": values}) if values else None
     return None if known.issuperset(_identities(record)) and isinstance(record, Image) else record
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _ends_whole(path: Path) -> bool:

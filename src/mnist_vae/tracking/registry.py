@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlflow import MlflowClient, pyfunc
-from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 
@@ -30,35 +31,38 @@ def register_models(store: Store, run_id: str, path: Path, measured_on: Mapping[
     with database_lock(store.workspace):
         tags = {**measured_on, "nll": repr(nll), "fingerprint": serving.fingerprint(path)}
         versions = {part: _registered_version(store, run_id, path, part, tags) for part in REGISTERED}
-        if not all(_beaten(store.client, part, versions[part], measured_on, nll) for part in REGISTERED):
-            _agree(store.client)
-            return False
-        for part, name in REGISTERED.items():
-            store.client.set_registered_model_alias(name, CHAMPION, versions[part])
-        return True
+        better = all(_beaten(store, part, versions[part], measured_on, nll) for part in REGISTERED)
+        for part, version in (versions if better else _champions(store.client)).items():
+            store.client.set_registered_model_alias(REGISTERED[part], CHAMPION, version)
+        return better
 
 
-def _beaten(client: MlflowClient, part: str, challenger: str, measured_on: Mapping[str, str], nll: float) -> bool:
-    """Whether a version may take the place of the champion: there is none, it is the champion, or it is better."""
-    champion = client.get_registered_model(REGISTERED[part]).aliases.get(CHAMPION)
+def _beaten(store: Store, part: str, challenger: str, measured_on: Mapping[str, str], nll: float) -> bool:
+    """Whether a version may take the place of the champion: there is none any more, it is it, or it is better."""
+    client, name = store.client, REGISTERED[part]
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
     if champion is None or str(champion) == challenger:
         return True
-    tags = client.get_model_version(REGISTERED[part], champion).tags
-    return measured_on.items() <= tags.items() and nll < float(tags["nll"])
+    found = client.get_model_version(name, champion)
+    if store.active_run(found.run_id or "") is None:
+        return True
+    return measured_on.items() <= found.tags.items() and nll < float(found.tags["nll"])
 
 
-def _agree(client: MlflowClient) -> None:
-    """Where a process was killed between the two aliases, have the encoder follow the decoder."""
-    decoder, encoder = (
-        client.get_model_version_by_alias(name, CHAMPION)
-        for name in REGISTERED.values()
-        if CHAMPION in client.get_registered_model(name).aliases
-    )
-    if decoder.run_id != encoder.run_id:
-        name = REGISTERED["encoder"]
-        same = f"name = '{name}' and run_id = '{decoder.run_id}'"
-        for found in client.search_model_versions(same, max_results=1):
-            client.set_registered_model_alias(name, CHAMPION, found.version)
+def _champions(client: MlflowClient) -> dict[str, str]:
+    """The versions of one run that should be champions; a process may have been killed between one and the other."""
+    aliases = {part: client.get_registered_model(name).aliases.get(CHAMPION) for part, name in REGISTERED.items()}
+    part, version = next((part, version) for part, version in aliases.items() if version is not None)
+    first = client.get_model_version(REGISTERED[part], version)
+    content = first.tags.get("fingerprint", "")
+    twins = {part: _find_version(client, name, first.run_id or "", content) for part, name in REGISTERED.items()}
+    return {part: str(twin.version) for part, twin in twins.items() if twin is not None}
+
+
+def _find_version(client: MlflowClient, name: str, run_id: str, fingerprint: str) -> ModelVersion | None:
+    """The version of a run's model with this content."""
+    same = f"name = '{name}' and run_id = '{run_id}' and tags.fingerprint = '{fingerprint}'"
+    return next(iter(client.search_model_versions(same, max_results=1)), None)
 
 
 def _registered_version(store: Store, run_id: str, path: Path, part: str, tags: Mapping[str, str]) -> str:
@@ -70,22 +74,37 @@ def _registered_version(store: Store, run_id: str, path: Path, part: str, tags: 
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another machine was quicker
                 raise
-    same = f"name = '{name}' and run_id = '{run_id}' and tags.fingerprint = '{tags['fingerprint']}'"
-    found = list(client.search_model_versions(same, max_results=1))
-    if not found:
-        model = _log_model(store, run_id, path, part)
+    found = _find_version(client, name, run_id, tags["fingerprint"])
+    if found is None:
+        model = _logged_model(store, run_id, path, part, tags["fingerprint"])
         source, model_id = model.artifact_location, model.model_id
-        found = [client.create_model_version(name, source, run_id, tags=dict(tags), model_id=model_id)]
-    for tag, value in tags.items() - found[0].tags.items():
-        client.set_model_version_tag(name, found[0].version, tag, value)
-    return str(found[0].version)
+        found = client.create_model_version(name, source, run_id, tags=dict(tags), model_id=model_id)
+    for tag, value in tags.items() - found.tags.items():
+        client.set_model_version_tag(name, found.version, tag, value)
+    return str(found.version)
 
 
-def _log_model(store: Store, run_id: str, path: Path, part: str) -> LoggedModel:
-    """Log a part of a model file with the code that serves it; loading it unpickles nothing."""
-    client, served = store.client, serving.load(path, part)
+def _logged_model(store: Store, run_id: str, path: Path, part: str, fingerprint: str) -> LoggedModel:
+    """The part of a model file as the run shows it; one that a killed process left half done is completed."""
+    client = store.client
+    same = f"name = '{part}' AND source_run_id = '{run_id}' AND tags.fingerprint = '{fingerprint}'"
+    model = next(iter(client.search_logged_models([store.experiment], same, max_results=1)), None)
+    if model is None:
+        tags = {"fingerprint": fingerprint}
+        model = client.create_logged_model(store.experiment, part, source_run_id=run_id, tags=tags)
+    if model.status != LoggedModelStatus.READY:
+        _log_model(store, run_id, path, part, model)
+        client.finalize_logged_model(model.model_id, "READY")
+    outputs = client.get_run(run_id).outputs
+    if outputs is None or model.model_id not in {shown.model_id for shown in outputs.model_outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return model
+
+
+def _log_model(store: Store, run_id: str, path: Path, part: str, model: LoggedModel) -> None:
+    """Write a part of a model file with the code that serves it; loading it unpickles nothing."""
+    served = serving.load(path, part)
     example = served.example()
-    model = client.create_logged_model(store.experiment, part, source_run_id=run_id)
     with TemporaryDirectory() as scratch:
         folder, library = Path(scratch, part), Path(scratch, "mnist_vae")
         for file in serving.PACKED:
@@ -106,7 +125,4 @@ def _log_model(store: Store, run_id: str, path: Path, part: str) -> LoggedModel:
                 f"{package}=={version(package).partition('+')[0]}" for package in ("numpy", "safetensors", "torch")
             ],
         )
-        client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return model
+        store.client.log_model_artifacts(model.model_id, str(folder))

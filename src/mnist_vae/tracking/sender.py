@@ -4,9 +4,9 @@
     python -m mnist_vae.tracking.sender WORKSPACE                    `make sync`: send all that is left
 
 It reads the names of trainings from its standard input and follows their journals until the input ends, which it does
-when the stage ends, however it ends. What it has sent stands in the journal's folder, so it goes on where another
-sender was killed; sending twice changes nothing, since MLflow keeps what is equal once. A store that does not take
-something now is asked again, later and less often.
+when the stage ends, however it ends. How far a store has received a journal stands in the journal's folder, so another
+sender goes on where this one was killed; what is sent twice changes nothing. A store that does not take something now
+is asked again, later and less often.
 """
 
 import hashlib
@@ -18,21 +18,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read while mlflow is imported. Its own retries would hide for minutes that a server is away.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-
-import numpy as np
 from filelock import FileLock, Timeout
-from mlflow.exceptions import MlflowException
 
-from mnist_vae.errors import UserError
 from mnist_vae.files import write_json
 from mnist_vae.tracking.journal import (
     MAIN,
@@ -50,10 +41,12 @@ from mnist_vae.tracking.journal import (
     journals,
 )
 from mnist_vae.tracking.process import is_gone
-from mnist_vae.tracking.store import Store, first_line, redact
+from mnist_vae.tracking.store import DATABASE, Store, first_line, redact
 
 POLL_S = 0.1
 PAUSES_S = (0.5, 1, 2, 5)  # before a store that failed is asked again; the last one from then on
+LAST_S = 10  # when the stage is over: for another process that is sending, and for what earlier stages left
+LEAVE_S = 60  # when the stage is over, whatever a server does
 SYSTEM_METRICS_S = 2  # between two samples of what the machine does
 GONE = "its process ended without a word"
 
@@ -62,6 +55,7 @@ GONE = "its process ended without a word"
 class Sent:
     """How far a store has received a journal."""
 
+    store: str  # its identity: one that was made anew has received nothing
     offset: int = 0
     runs: dict[str, str] = field(default_factory=dict)  # id by place
 
@@ -71,31 +65,33 @@ class Delivery:
 
     def __init__(self, store: Store, journal: Journal) -> None:
         self.store, self.journal = store, journal
-        self.lock = FileLock(journal.folder / "sender.lock", timeout=0)
+        self.lock = FileLock(journal.folder / "sender.lock")
         name = hashlib.sha256(redact(store.uri).encode()).hexdigest()[:8]
         self.path = journal.folder / f"sent-{name}.json"
-        self.sent = Sent()
+        self.sent = Sent(store.identity)
         self.champion: bool | None = None
-        self._seen: dict[str, tuple[set[tuple[str, int]], set[tuple[str, int]]]] = {}  # metrics and images, by place
+        self._seen: dict[str, set[tuple[str, int]]] = {}  # name and step of metrics, by run
 
-    def send(self) -> None:
-        """Send what has come since the last time; one sender at a time, others come back later.
+    def send(self, patience: float = 0) -> None:
+        """Send what has come since the last time; one sender at a time, others wait for it with this patience (s).
 
         Raises:
             Timeout: another sender is at it.
             Exception: whatever MLflow raises; what was sent before it is remembered.
         """
-        with self.lock:
+        if not self.pending():
+            return
+        with self.lock.acquire(timeout=patience):
             self.sent = self._read_sent()
-            for place, run_id in self.sent.runs.items():
-                if self.store.active_run(run_id) is None:  # deleted meanwhile, or the whole store
-                    self.sent, self._seen = Sent(), {}
-                    print(f"run of {place} is gone, all is sent again", file=sys.stderr)
-                    break
-            for records, offset in _batches(self.journal.read(self.sent.offset)):
-                self._send(records)
+            records = list(self.journal.read(self.sent.offset))
+            if self._is_run_gone({MAIN, *(record.place for record, _ in records)}):
+                print(f"{self.journal.fingerprint}: its run is gone, all is sent again", file=sys.stderr)
+                self.sent, self._seen = Sent(self.store.identity), {}
+                records = list(self.journal.read())
+            for batch, offset in _batches(records):
+                self._send(batch)
                 self.sent.offset = offset
-                write_json(self.path, {"offset": self.sent.offset, "runs": self.sent.runs})
+                write_json(self.path, asdict(self.sent))
 
     def pending(self) -> int:
         """Records that the store has not received."""
@@ -104,105 +100,106 @@ class Delivery:
     def _read_sent(self) -> Sent:
         try:
             content = json.loads(self.path.read_text())
-            return Sent(int(content["offset"]), dict(content["runs"]))
+            sent = Sent(str(content["store"]), int(content["offset"]), dict(content["runs"]))
         except (OSError, ValueError, KeyError, TypeError):
-            return Sent()
+            sent = Sent("")
+        return sent if sent.store == self.store.identity else Sent(self.store.identity)
+
+    def _is_run_gone(self, places: set[str]) -> bool:
+        """Whether a run of these places was deleted meanwhile."""
+        runs = {run_id for place, run_id in self.sent.runs.items() if place in places}
+        return any(self.store.active_run(run_id) is None for run_id in runs)
 
     def _send(self, records: list[AnyRecord]) -> None:
         """Records of one place: metrics in any number, or one other."""
-        record = records[0]
-        run_id = self._run(record)
-        seen_metrics, seen_images = self._seen_of(record.place)
+        record, run_id = records[0], self._run(records[0].place, records[0].at)
+        file = self.journal.find_payload(record.payload) if hasattr(record, "payload") else None
         match record:
             case Metrics():
-                points = [
-                    (name, value, one.step, one.at)
-                    for one in records
-                    if isinstance(one, Metrics)
-                    for name, value in one.values.items()
-                    if (name, one.step) not in seen_metrics
-                ]
-                self.store.log_metrics(run_id, points)
+                self._send_metrics(run_id, [one for one in records if isinstance(one, Metrics)])
             case Begin():
-                tags = record.tags | {"process": record.process, "mlflow.source.name": f"stages/{record.stage}.py"}
-                self.store.log_params(run_id, record.params)
-                self.store.set_tags(run_id, tags if record.stage == "train" or record.place != MAIN else {})
-                if record.stage == "train":
-                    self.store.client.update_run(run_id, status="RUNNING")
-            case Image() if (record.key, record.step) not in seen_images:
-                image = self._picture(record.payload)
-                if image is not None:
-                    self.store.client.log_image(
-                        run_id, image, key=record.key, step=record.step, timestamp=record.at, synchronous=True
-                    )
+                self._begin(run_id, record)
             case Tags():
                 self.store.set_tags(run_id, record.tags)
-            case File():
-                with suppress(FileNotFoundError):
-                    payload = self.journal.open_payload(record.payload)
-                    payload.stat()
-                    self.store.client.log_artifact(run_id, str(payload), artifact_path=record.folder)
             case Trained():
                 self.store.log_dataset(run_id, record.about)
+            case End():
+                self._end(run_id, record)
+            case _ if file is None:  # no reason to send nothing more
+                print(f"{record.payload} is missing or damaged in {self.journal.folder}", file=sys.stderr)
+            case Image():
+                self.store.log_image(run_id, file, record.key, record.step, record.at)
+            case File():
+                self.store.client.log_artifact(run_id, str(file), record.folder)
             case Description():
-                image = self._picture(record.payload)
-                if image is not None:
-                    self.store.client.log_image(run_id, image, artifact_file="description.png")
-                shown = f"![picture](get-artifact?path=description.png&run_uuid={run_id})"  # relative to MLflow's page
-                self.store.set_tags(run_id, {"mlflow.note.content": f"{shown}\n\n{record.text}"})
+                self.store.describe(run_id, record.text, file)
             case Models():
                 from mnist_vae.tracking.registry import register_models  # which needs torch
 
-                payload = self.journal.open_payload(record.payload)
-                main = self.sent.runs.get(MAIN, run_id)
-                self.champion = register_models(self.store, main, payload, record.measured_on, record.nll)
-            case End():
-                self._end(run_id, record)
+                main = self._run(MAIN, record.at)
+                self.champion = register_models(self.store, main, file, record.measured_on, record.nll)
+
+    def _send_metrics(self, run_id: str, records: list[Metrics]) -> None:
+        """Metrics that the run does not have; a clone's journal of the same training may have told them before."""
+        if run_id not in self._seen:
+            self._seen[run_id] = self.store.logged_metrics(run_id)
+        seen = self._seen[run_id]
+        points = [
+            (name, value, record.step, record.at)
+            for record in records
+            for name, value in record.values.items()
+            if (name, record.step) not in seen
+        ]
+        self.store.log_metrics(run_id, points)
+        seen.update((name, step) for name, _, step, _ in points)
+
+    def _begin(self, run_id: str, record: Begin) -> None:
+        """What a run is about, and who works at it; a later stage of the training's run adds its parameters only."""
+        self.store.log_params(run_id, record.params)
+        is_subject = record.place == MAIN or run_id != self.sent.runs[MAIN]
+        if is_subject:
+            self.store.set_tags(run_id, record.tags | {"mlflow.source.name": f"stages/{record.stage}.py"})
+        if is_subject or self.store.client.get_run(run_id).info.status == "RUNNING":
+            self.store.set_tags(run_id, {"process": record.process})
+            self.store.client.update_run(run_id, status="RUNNING")
 
     def _end(self, run_id: str, record: End) -> None:
-        """The run is finished when the last word of each of its stages is that it has finished."""
-        last: dict[str, End | Begin] = {}
+        """A run has finished when the last process of each of its stages has, and failed where one of them has."""
+        last: dict[str, str] = {}  # process by place
+        ends: dict[str, End] = {}  # by process
         for other, _ in self.journal.read():
-            if isinstance(other, Begin | End) and other.place == record.place:
-                last[other.stage] = other
-        ends = [end for end in last.values() if isinstance(end, End) and end.status != "FINISHED"]
-        reason = "; ".join(f"{end.stage}: {end.reason or end.status}" for end in ends)
-        self.store.set_tags(run_id, {"reason": reason} if ends or record.status != "FINISHED" else {})
-        self.store.end_run(run_id, ends[-1].status if ends else "FINISHED", record.at)
+            if isinstance(other, Begin | End) and self.sent.runs.get(other.place) == run_id:
+                if isinstance(other, Begin):
+                    last[other.place] = other.process
+                else:
+                    last.setdefault(other.place, other.process)
+                    ends[other.process] = other
+        if last[record.place] not in ends:  # the stage was killed, and another process is at it
+            return
+        over = [ends[process] for process in last.values() if process in ends]
+        bad = [end for end in over if end.status != "FINISHED"]
+        reason = "; ".join(f"{end.stage}: {end.reason or end.status}" for end in bad)
+        self.store.end_run(run_id, bad[-1].status if bad else "FINISHED", reason, record.at)
 
-    def _run(self, record: AnyRecord) -> str:
-        """The run of a record's place, made where there is none; a child's parent is made first."""
-        if record.place in self.sent.runs:
-            return self.sent.runs[record.place]
-        parent = None if record.place == MAIN else self._run(record.model_copy(update={"place": MAIN}))
-        begin = next((r for r, _ in self.journal.read() if isinstance(r, Begin) and r.place == record.place), None)
-        name = begin.name if begin else f"training {self.journal.fingerprint}"
-        run = self.store.find_run(self.journal.fingerprint, record.place)
-        if run is None:
-            run = self.store.create_run(self.journal.fingerprint, record.place, name, parent, record.at)
-            self._seen[record.place] = (set(), set())
-        self.sent.runs[record.place] = run.info.run_id
-        return str(run.info.run_id)
+    def _run(self, place: str, at: int) -> str:
+        """The run of a place.
 
-    def _seen_of(self, place: str) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
-        """Metrics and images that the place's run has, as they were when this sender came to it.
-
-        MLflow would keep an equal metric once, but one that another journal of the same training told has another time.
+        The training's run takes each stage's first key too; another key gets a child run. Which one was first, the
+        run itself knows: other clones may have told the store of the same training.
         """
-        if place not in self._seen:
-            run = self.store.client.get_run(self.sent.runs[place])
-            images = self.store.logged_images(run.info.run_id)
-            self._seen[place] = (self.store.logged_metrics(run), images)
-        return self._seen[place]
-
-    def _picture(self, payload: str) -> Any:
-        """A payload's pixels, None where it is missing or damaged: a picture is no reason to send nothing more."""
-        from PIL import Image as Pillow
-
-        try:
-            return np.asarray(Pillow.open(self.journal.open_payload(payload)))
-        except OSError:
-            return None
+        if place not in self.sent.runs:
+            main = "" if place == MAIN else self._run(MAIN, at)
+            begin = next((r for r, _ in self.journal.read() if isinstance(r, Begin) and r.place == place), None)
+            if main and begin and self.store.claim(main, f"{begin.stage}.key", begin.key):
+                self.sent.runs[place] = main
+            else:
+                name = begin.name if begin else f"training {self.journal.fingerprint}"
+                run = self.store.find_run(self.journal.fingerprint, place)
+                run = run or self.store.create_run(self.journal.fingerprint, place, name, begin.at if begin else at)
+                if main:
+                    self.store.set_tags(run.info.run_id, {"mlflow.parentRunId": main})
+                self.sent.runs[place] = run.info.run_id
+        return self.sent.runs[place]
 
 
 def _batches(records: Iterable[tuple[AnyRecord, int]]) -> Iterator[tuple[list[AnyRecord], int]]:
@@ -225,13 +222,15 @@ class Sender:
 
     def __init__(self, workspace: Path, stage: str, process: str, *followed: str) -> None:
         self.workspace, self.stage, self.process = workspace, stage, process
-        self.store: Store | None = None
-        self.deliveries: dict[str, Delivery] = {}
         self.followed = list(followed)
         self.closed = threading.Event()
+        self.store: Store | None = None
         self.database: tuple[int, int] | None = None
-        self.reason = ""
+        self.deliveries: dict[str, Delivery] = {}
+        self.champion: bool | None = None
+        self.reason = ""  # why not everything is sent
         self.monitor: Any = None
+        self.monitored = ""  # run
 
     def listen(self) -> None:
         """Take down the names of trainings from the standard input."""
@@ -242,65 +241,81 @@ class Sender:
     def run(self) -> None:
         """Send until the input has ended and nothing is left, or the store does not take it."""
         threading.Thread(target=self.listen, daemon=True).start()
-        failures, backlog = 0, True
+        left: Iterator[str] | None = None
+        failures, is_swept, over_since = 0, False, 0.0
         while True:
-            last_time = self.closed.is_set()
-            if last_time:
-                self.mark_dead_stage()
+            if is_gone(self.process):  # a child of it may hold the input open
+                self.closed.set()
+            is_over = self.closed.is_set()
+            if is_over and not over_since:
+                over_since = time.monotonic()
+                _leave_in(LEAVE_S)
             try:
-                self.open_store()
-                for name in self.followed:
-                    self.deliver(name)
-                self.reason = ""
-                if backlog and not last_time:
-                    backlog = False
-                    self.sweep()
-                failures = 0
+                if is_over:
+                    self.mark_dead_stage()
+                store = self.open_store()
+                self.deliver(store)
+                failures, self.reason = 0, ""
+                left = left or send_left_behind(store, self.followed)
+                is_swept = next(left, None) is None
             except Timeout:
                 self.reason = "another process is sending it"
             except Exception as error:  # whatever MLflow, its server or its database raise
-                self.reason, failures = first_line(error), failures + 1
-            if last_time:
+                failures, self.reason = failures + 1, first_line(error)
+                self.store, self.deliveries = None, {}
+            if is_over and (failures > 1 or (is_swept and not self.reason) or time.monotonic() - over_since > LAST_S):
                 break
-            self.closed.wait(PAUSES_S[min(failures, len(PAUSES_S)) - 1] if failures else POLL_S)
-        if self.monitor is not None:
-            self.monitor.finish()
+            pause = PAUSES_S[min(failures, len(PAUSES_S)) - 1] if failures else POLL_S
+            time.sleep(pause) if is_over else self.closed.wait(pause)
+        self.watch_machine(None, "")
 
-    def open_store(self) -> None:
-        """Open the store, again where its database has become another file."""
-        if self.store is not None and not self.store.uri.startswith("sqlite:"):
+    def open_store(self) -> Store:
+        """Open the store, in a new process where its database has become another file.
+
+        MLflow keeps a deleted file open for as long as its process lives.
+        """
+        found = _database_id(self.workspace)
+        if self.database not in (None, found):
+            arguments = [str(self.workspace), self.stage, self.process, *self.followed]
+            os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *arguments])
+        if self.store is None:
+            try:
+                self.store = Store(self.workspace)
+            finally:
+                self.database = _database_id(self.workspace)
+            if self.stage == "evaluate":  # load what registering needs while the stage works
+                from mnist_vae.tracking import registry  # noqa: F401
+        return self.store
+
+    def deliver(self, store: Store) -> None:
+        """Send the journals that are followed."""
+        for name in self.followed:
+            if name not in self.deliveries:
+                self.deliveries[name] = Delivery(store, Journal(self.workspace, name))
+            delivery = self.deliveries[name]
+            delivery.send()
+            if delivery.champion is not None:
+                self.champion = delivery.champion
+            if self.stage == "train" and MAIN in delivery.sent.runs and not self.closed.is_set():
+                self.watch_machine(store, delivery.sent.runs[MAIN])
+
+    def watch_machine(self, store: Store | None, run_id: str) -> None:
+        """Have MLflow record what the machine does while a run lasts; an extra that may fail."""
+        if run_id == self.monitored:
             return
-        if self.store is not None and _database_id(self.workspace) == self.database:
-            return
-        if self.store is not None:  # MLflow keeps the deleted file open as long as this process lives
-            os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:4], *self.followed])
-        self.store = Store(self.workspace)
-        self.database = _database_id(self.workspace)
-        if self.stage == "evaluate":  # load what registering needs while the stage works
-            from mnist_vae.tracking import registry  # noqa: F401
+        if self.monitor is not None:  # it may wait for a server
+            ending = threading.Thread(target=self.monitor.finish, daemon=True)
+            ending.start()
+            ending.join(SYSTEM_METRICS_S)
+        self.monitor, self.monitored = None, run_id
+        if store is not None and run_id:
+            with suppress(Exception):
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    def deliver(self, name: str) -> None:
-        """Send one training's journal."""
-        assert self.store is not None
-        if name not in self.deliveries:
-            self.deliveries[name] = Delivery(self.store, Journal(self.workspace, name))
-        delivery = self.deliveries[name]
-        delivery.send()
-        if self.stage == "train" and self.monitor is None and MAIN in delivery.sent.runs:
-            self.monitor = _monitor(self.store, delivery.sent.runs[MAIN])
-
-    def sweep(self) -> None:
-        """Send what earlier stages left, and say of runs whose process is gone that they were killed."""
-        assert self.store is not None
-        mark_dead(self.workspace)
-        for journal in journals(self.workspace):
-            if journal.fingerprint not in self.followed:
-                with suppress(Timeout):
-                    Delivery(self.store, journal).send()
-        for run in self.store.running():
-            if (process := run.data.tags.get("process")) and is_gone(process):
-                self.store.set_tags(run.info.run_id, {"reason": GONE})
-                self.store.end_run(run.info.run_id, "KILLED", time.time_ns() // 1_000_000)
+                self.monitor = SystemMetricsMonitor(
+                    run_id, sampling_interval=SYSTEM_METRICS_S, resume_logging=True, tracking_uri=store.uri
+                )
+                self.monitor.start()
 
     def mark_dead_stage(self) -> None:
         """Where the stage ended without saying how, say it in its place."""
@@ -311,17 +326,38 @@ class Sender:
 
     def summary(self) -> dict[str, Any]:
         """What a stage wants to know at its end."""
-        pending = sum(delivery.pending() for delivery in self.deliveries.values())
-        champion = [d.champion for d in self.deliveries.values() if d.champion is not None]
-        return {"pending": pending, "reason": self.reason, "champion": champion[-1] if champion else None}
+        return {"reason": self.reason, "champion": self.champion}
+
+
+def send_left_behind(store: Store, but: Iterable[str] = (), patience: float = 0) -> Iterator[str]:
+    """Send what earlier stages left; for each training that had something left, why it is still not sent, or "".
+
+    Runs whose process is gone have been killed.
+    """
+    mark_dead(store.workspace)
+    for journal in journals(store.workspace):
+        delivery = Delivery(store, journal)
+        if journal.fingerprint not in but and delivery.pending():
+            try:
+                delivery.send(patience)
+                yield ""
+            except Timeout:
+                yield f"{journal.fingerprint}: another process is sending it"
+            except Exception as error:  # whatever MLflow raises; the next one may be sent
+                yield f"{journal.fingerprint}: {first_line(error)}"
+    for run in store.running():
+        if (process := run.data.tags.get("process")) and is_gone(process):
+            store.end_run(run.info.run_id, "KILLED", GONE, time.time_ns() // 1_000_000)
 
 
 def mark_dead(workspace: Path) -> None:
     """Say in every journal which stages were killed together with their sender."""
     for journal in journals(workspace):
-        for process, begin in journal.open_stages().items():
-            if is_gone(process):
-                journal.append(_killed(begin))
+        gone = [process for process in journal.open_stages() if is_gone(process)]
+        still_open = journal.open_stages() if gone else {}  # one of them may have ended in order just before
+        for process in gone:
+            if process in still_open:
+                journal.append(_killed(still_open[process]))
 
 
 def _killed(begin: Begin) -> End:
@@ -331,56 +367,46 @@ def _killed(begin: Begin) -> End:
 def _database_id(workspace: Path) -> tuple[int, int] | None:
     """What tells the database from one that was made later under the same name."""
     try:
-        found = (workspace / "mlflow.db").stat()
+        found = (workspace / DATABASE).stat()
     except OSError:
         return None
     return found.st_dev, found.st_ino
 
 
-def _monitor(store: Store, run_id: str) -> Any:
-    """MLflow's own record of what the machine does; None where it does not work."""
-    try:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(
-            run_id, sampling_interval=SYSTEM_METRICS_S, resume_logging=True, tracking_uri=store.uri
-        )
-        monitor.start()
-    except Exception:  # it is an extra
-        return None
-    return monitor
+def _leave_in(seconds: float) -> None:
+    """End this process after a while, whatever it waits for then."""
+    timer = threading.Timer(seconds, os._exit, [1])
+    timer.daemon = True
+    timer.start()
 
 
 def sync(workspace: Path) -> int:
     """Send every journal of a workspace; the exit status, 0 if nothing is left."""
-    mark_dead(workspace)
-    left = 0
+    if not journals(workspace):
+        print("There is no journal here, so there is nothing to send.")
+        return 0
     try:
-        store = Store(workspace)
-        for journal in journals(workspace):
-            delivery = Delivery(store, journal)
-            try:
-                delivery.send()
-            except Timeout:
-                print(f"sync: {journal.fingerprint}: another process is sending it", file=sys.stderr)
-            except (MlflowException, OSError) as error:
-                print(f"sync: {journal.fingerprint}: {first_line(error)}", file=sys.stderr)
-            left += delivery.pending()
-    except UserError as error:
-        print(f"sync: {error}", file=sys.stderr)
-        return 1
-    print("MLflow has received everything." if not left else f"{left} records are not sent yet; try again later.")
-    return int(left > 0)
+        reasons = [reason for reason in send_left_behind(Store(workspace), patience=LAST_S) if reason]
+    except Exception as error:  # the store does not open, or the disk is full
+        reasons = [first_line(error)]
+    for reason in reasons:
+        print(f"sync: {reason}", file=sys.stderr)
+    if not reasons:
+        print("MLflow has received everything.")
+    return int(bool(reasons))
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the stage; what it says then is sent
     workspace = Path(sys.argv[1]).resolve()
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # which may be relative, for a process that follows this one
     os.chdir(workspace)
     if len(sys.argv) == 2:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.exit(sync(workspace))
+        try:
+            sys.exit(sync(workspace))
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are for the stage; what it says then is sent
     sender = Sender(workspace, *sys.argv[2:])
     sender.run()
     print(json.dumps(sender.summary()), flush=True)

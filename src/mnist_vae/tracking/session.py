@@ -27,6 +27,7 @@ from mnist_vae.tracking.journal import (
     Models,
     Tags,
     Trained,
+    place_of,
 )
 from mnist_vae.tracking.process import process_name
 
@@ -50,14 +51,18 @@ class Session:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            process_group=0,  # what ends the stage, as Ctrl-C does, leaves somebody to tell MLflow
         )
 
     def begin(
         self, fingerprint: str, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any] | None = None
     ) -> None:
-        """Say which training this stage works on; ``key`` tells what determines its results beside the training."""
+        """Say which training this stage works on.
+
+        ``key`` tells what determines the stage's results beside the training; it is empty for the training itself.
+        """
         self.journal = Journal(self.workspace, fingerprint)
-        self.place = self.journal.place_of(self.stage, key)
+        self.place = place_of(self.stage, key)
         texts = {name: str(value) for name, value in (tags or {}).items()}
         values = {name: str(value) for name, value in params.items()}
         self._append(
@@ -111,20 +116,23 @@ class Session:
 
     def end(self, status: Status, reason: str = "", wait: float = WAIT_S) -> None:
         """The stage is over: wait a bounded time for the sender, then warn of what it has not sent."""
-        if self.journal is not None:
-            end = End(place=self.place, stage=self.stage, process=self.process, status=status, reason=reason)
-            try:
-                self._append(end)
-            except Exception as error:  # whatever it is, the stage is over, and the sender will see that it ended
-                print(f"{self.stage}: the journal could not be ended: {error}", file=sys.stderr)
+        if self.journal is None:  # the stage did not come so far: there is nothing to send
+            self._sender.kill()
+            self._sender.communicate()
+            return
+        end = End(place=self.place, stage=self.stage, process=self.process, status=status, reason=reason)
+        try:
+            self.journal.append(end)
+        except Exception as error:  # whatever it is, the stage is over, and the sender will see that it ended
+            print(f"{self.stage}: the journal could not be ended: {error}", file=sys.stderr)
         try:
             answer, _ = self._sender.communicate(timeout=wait)
             self.outcome = json.loads(answer.splitlines()[-1]) if answer.strip() else {"reason": "its sender died"}
         except (subprocess.TimeoutExpired, ValueError, OSError):
             self.outcome = {"reason": f"the tracking store has not answered for {wait:.0f} s"}
             self._sender.kill()
-            self._sender.wait()
-        if self.journal is not None and self.outcome.get("reason"):
+            self._sender.communicate()
+        if self.outcome.get("reason"):
             print(
                 f"{self.stage}: WARNING: MLflow has not received everything ({self.outcome['reason']}); "
                 "nothing is lost, and the next stage or `make sync` sends the rest",

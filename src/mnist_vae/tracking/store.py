@@ -4,34 +4,39 @@ This file, registry.py and sender.py are the only ones that know MLflow.
 """
 
 import contextlib
+import json
 import os
 import re
 import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
+
+# Read while mlflow is imported. Its own retries would hide for minutes that a server is away.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails is reported once, by us
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may hold a password
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
 from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-    RunTag,
-    ViewType,
-)
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.entities import Run as StoredRun
 from mlflow.exceptions import MlflowException
 
 from mnist_vae.errors import UserError
+from mnist_vae.files import flush_to_disk
 
 EXPERIMENT = "mnist-vae"
 DATABASE = "mlflow.db"
+SCRATCH = f".{DATABASE}-*"  # one that is being made
 LOCK_TIMEOUT_S = 60
+QUIET_S = 10  # without a change of a half-made database: nobody is making it
 BATCH = 1_000  # metrics; MLflow's limit
 
 
@@ -45,15 +50,20 @@ class Store:
             UserError: it does not open; no password is in the message.
         """
         self.workspace, self.uri = workspace, tracking_uri(workspace)
+        given = os.environ.get("MLFLOW_TRACKING_URI")
         try:
-            if self.uri.startswith("sqlite:") and not os.environ.get("MLFLOW_TRACKING_URI"):
+            if not given:
                 _make_database(workspace)
             self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             experiment = _experiment(self.client, workspace, self.uri)
         except Exception as error:
+            remedy = (
+                f"see that MLFLOW_TRACKING_URI is right and its server runs, or unset it for {DATABASE} in this folder"
+                if given
+                else f"if it stays so, move {DATABASE} away, and `make sync` makes another from the journal"
+            )
             raise UserError(
-                f"MLflow's store {redact(self.uri)} does not open: {first_line(error)}; see that MLFLOW_TRACKING_URI "
-                f"is right and its server runs, or unset it for {DATABASE} in this folder"
+                f"MLflow's store {redact(self.uri)} does not open: {first_line(error)}; {remedy}"
             ) from error
         if experiment.lifecycle_stage != "active":
             raise UserError(
@@ -61,6 +71,9 @@ class Store:
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back"
             )
         self.experiment: str = experiment.experiment_id
+        self.identity = (
+            f"{experiment.experiment_id} {experiment.creation_time}"  # a store that is made anew has another
+        )
 
     def find_run(self, fingerprint: str, place: str) -> StoredRun | None:
         """The run of a training's place, None where the store has none."""
@@ -80,10 +93,17 @@ class Store:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def create_run(self, fingerprint: str, place: str, name: str, parent: str | None, at: int) -> StoredRun:
-        """A new run for a place; the main run of the training is ``parent`` to all others."""
-        tags = {"fingerprint": fingerprint, "place": place, **({"mlflow.parentRunId": parent} if parent else {})}
+    def create_run(self, fingerprint: str, place: str, name: str, at: int) -> StoredRun:
+        """A new run for a place."""
+        tags = {"fingerprint": fingerprint, "place": place}
         return self.client.create_run(self.experiment, start_time=at, run_name=name, tags=tags)
+
+    def claim(self, run_id: str, tag: str, value: str) -> bool:
+        """Whether a run's tag has this value, which it gets where it has none."""
+        found = self.client.get_run(run_id).data.tags.get(tag)
+        if found is None:
+            self.set_tags(run_id, {tag: value})
+        return found in (None, value)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags, the only entries of a run that may change."""
@@ -102,24 +122,52 @@ class Store:
             batch = metrics[first : first + BATCH]
             self.client.log_batch(run_id, metrics=[Metric(name, value, at, step) for name, value, step, at in batch])
 
-    def logged_metrics(self, run: StoredRun) -> set[tuple[str, int]]:
-        """Name and step of all that a run has."""
-        history = (self.client.get_metric_history(run.info.run_id, name) for name in run.data.metrics)
+    def logged_metrics(self, run_id: str) -> set[tuple[str, int]]:
+        """Name and step of all that a run has, without what MLflow itself records of the machine."""
+        names = [name for name in self.client.get_run(run_id).data.metrics if not name.startswith("system/")]
+        history = (self.client.get_metric_history(run_id, name) for name in names)
         return {(point.key, point.step) for points in history for point in points}
 
-    def logged_images(self, run_id: str) -> set[tuple[str, int]]:
-        """Key and step of all frames that a run has, as MLflow names their files."""
+    def log_image(self, run_id: str, png: Path, key: str, step: int, at: int) -> None:
+        """Record one frame of a slider, once.
+
+        MLflow's own ``log_image`` gives its two files a new name each time: done again after a kill, it leaves two
+        frames. Here names are those of the frame that is there already, or come from when and what it is.
+        """
+        from PIL import Image
+
+        frame = f"{key}+step+{step}+timestamp+"
+        full, small = ".png", "+compressed.webp"
         names = (Path(artifact.path).name for artifact in self.client.list_artifacts(run_id, "images"))
-        return {(match[1], int(match[2])) for name in names if (match := re.match(r"(.+?)[+%]step[+%](\d+)[+%]", name))}
+        stems = (name.removesuffix(small).removesuffix(full) for name in names if name.startswith(frame))
+        stem = next(stems, f"{frame}{at}+{png.parent.name}")
+        with TemporaryDirectory() as scratch, Image.open(png) as image:
+            for suffix in (full, small):
+                file = Path(scratch, stem + suffix)
+                image.save(file)
+                self.client.log_artifact(run_id, str(file), "images")
+        self.set_tags(run_id, {"mlflow.loggedImages": "True"})
 
     def log_dataset(self, run_id: str, about: Mapping[str, Any]) -> None:
         """Record what was trained on, searchable by name and digest."""
-        dataset = Dataset(about["name"], about["digest"][:8], source_type="code", source="{}")
+        sizes = json.dumps({name: about[name] for name in ("train_images", "test_images")})
+        dataset = Dataset(about["name"], about["digest"][:8], source_type="code", source="{}", profile=sizes)
         self.client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def end_run(self, run_id: str, status: str, at: int) -> None:
-        """Say how a run ended; one that has this status already keeps its time."""
-        if self.client.get_run(run_id).info.status != status:
+    def describe(self, run_id: str, text: str, picture: Path) -> None:
+        """What the run's page shows first: a picture over a line of Markdown."""
+        self.client.log_artifact(run_id, str(picture))
+        shown = f"![picture](get-artifact?path={picture.name}&run_uuid={run_id})"  # relative to MLflow's own page
+        self.set_tags(run_id, {"mlflow.note.content": f"{shown}\n\n{text}"})
+
+    def end_run(self, run_id: str, status: str, reason: str, at: int) -> None:
+        """Say how a run ended, and why if not well; one that has this status already keeps its time."""
+        run = self.client.get_run(run_id)
+        if reason:
+            self.set_tags(run_id, {"reason": reason})
+        elif "reason" in run.data.tags:
+            self.client.delete_tag(run_id, "reason")
+        if run.info.status != status:
             self.client.set_terminated(run_id, status, end_time=at)
 
     def running(self) -> list[StoredRun]:
@@ -131,8 +179,7 @@ class Store:
 def tracking_uri(workspace: Path) -> str:
     """The address of the store; relative to the current folder where that is the workspace.
 
-    A path with a percent or a question mark in it is no part of a database's address that SQLAlchemy and Alembic read
-    rightly, and a relative address does not need it.
+    SQLAlchemy and Alembic misread an address with a percent or a question mark in it; a relative one has none.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     return given or f"sqlite:///{DATABASE if Path.cwd() == workspace else workspace / DATABASE}"
@@ -168,44 +215,71 @@ def _make_database(workspace: Path) -> None:
     A process that is killed on the way leaves no half-made database, which would never open again.
     """
     database = workspace / DATABASE
-    if not database.exists():
+    if not database.exists() or any(workspace.glob(SCRATCH)):
         with database_lock(workspace):
+            _sweep(workspace)  # what a killed process left
             if not database.exists():
                 scratch = workspace / f".{DATABASE}-{os.getpid()}"
-                name = scratch.name if Path.cwd() == workspace else str(scratch)
+                uri = f"sqlite:///{scratch.name if Path.cwd() == workspace else scratch}"
                 try:
-                    client = MlflowClient(tracking_uri=f"sqlite:///{name}", registry_uri=f"sqlite:///{name}")
-                    _experiment(client, workspace, "sqlite:")
-                    try:
-                        os.link(scratch, database)  # unlike a rename, it replaces nothing that came in between
-                    except FileExistsError:
-                        pass
+                    _experiment(MlflowClient(tracking_uri=uri, registry_uri=uri), workspace, uri)
+                    _give_name(scratch, database)
                 finally:
-                    for left in workspace.glob(f"{scratch.name}*"):
-                        left.unlink(missing_ok=True)
+                    _sweep(workspace)
     _wait_until_made(database)
+
+
+def _sweep(workspace: Path) -> None:
+    """Remove databases under other names, of which only the holder of the lock may make one."""
+    for left in workspace.glob(SCRATCH):
+        left.unlink(missing_ok=True)
+
+
+def _give_name(scratch: Path, database: Path) -> None:
+    """Rename a file, unless there is one of the new name already."""
+    try:
+        os.link(scratch, database)  # unlike a rename, it replaces nothing that came in between
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        scratch.rename(database)
+    flush_to_disk(database.parent)
 
 
 def _wait_until_made(database: Path) -> None:
     """Wait for another program, as `mlflow ui`, that is making the database at this moment."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while time.monotonic() < deadline:
-        connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True, timeout=1)
-        try:
-            if connection.execute("select count(*) from experiments").fetchone()[0]:
-                return
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error) and "locked" not in str(error):
-                raise
-        finally:
-            connection.close()
-        time.sleep(0.5)
-    raise TimeoutError(
-        f"it was never finished; if no other program is making it, remove {database} and its runs are sent again"
-    )
+    before: list[tuple[int, int]] = []
+    deadline = 0.0
+    while (reason := _unfinished(database)) is not None:
+        files = [found.stat() for found in database.parent.glob(f"{DATABASE}*")]
+        now = [(file.st_size, file.st_mtime_ns) for file in files]
+        if now != before:
+            before, deadline = now, time.monotonic() + QUIET_S
+        elif time.monotonic() > deadline:
+            raise TimeoutError(reason)
+        time.sleep(0.2)
 
 
-def _experiment(client: MlflowClient, workspace: Path, uri: str) -> Any:
+def _unfinished(database: Path) -> str | None:
+    """Why MLflow could not read a database at this moment; None if it could.
+
+    Opened for writing, so that SQLite takes back what a process that was killed did not finish.
+    """
+    connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=1)
+    try:
+        made = connection.execute("select count(*) from experiments").fetchone()[0]
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            return str(error)
+        if "no such table" not in str(error):
+            raise
+        made = 0
+    finally:
+        connection.close()
+    return None if made else "it was never finished"
+
+
+def _experiment(client: MlflowClient, workspace: Path, uri: str) -> Experiment:
     """The experiment, made where there is none."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
@@ -218,4 +292,4 @@ def _experiment(client: MlflowClient, workspace: Path, uri: str) -> Any:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
             raise
-        return client.get_experiment_by_name(EXPERIMENT)
+        return _experiment(client, workspace, uri)

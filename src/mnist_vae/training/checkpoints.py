@@ -16,7 +16,7 @@ from mnist_vae.params import Train
 
 LAST, BEST = "last", "best"  # names of files, which end in .ckpt
 DIGEST = 64  # characters of a SHA-256
-DAMAGES = (OSError, ValueError, LookupError, pickle.UnpicklingError)
+DAMAGES = (OSError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
 
 def path_of(folder: Path, name: str) -> Path:
@@ -79,7 +79,7 @@ class Keep(ModelCheckpoint):
 
     def __init__(self, folder: Path, name: str, monitor: str | None = None) -> None:
         super().__init__(
-            dirpath=folder,
+            dirpath=str(folder),
             filename=name,
             monitor=monitor,
             save_on_train_epoch_end=True,

@@ -93,7 +93,7 @@ def fit(
         trainer = _trainer(settings, [*own, *best, last], logger, validation=validation)
         started = time.perf_counter()
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+            trainer.fit(module, datamodule=data, ckpt_path=path)
         except SystemExit as error:  # what Lightning makes of Ctrl-C
             if trainer.interrupted and type(error) is SystemExit:
                 raise KeyboardInterrupt from error

@@ -79,7 +79,7 @@ class VAETraining(L.LightningModule):
         """Train on a chunk (≤ CHUNK · batch_size, D) of uint8 images.
 
         Raises:
-            UserError: the loss of a mini-batch, or a weight at the epoch's end, is not finite.
+            UserError: the loss of a mini-batch, or at the epoch's end a weight or a moment of Adam, is not finite.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
@@ -98,8 +98,10 @@ class VAETraining(L.LightningModule):
             raise self._diverged(self.steps + int(finite.sum()), "the loss")
         self.steps += len(totals) - 1
         self.train_sums.append(totals[-1])
-        if self.steps == self.steps_per_epoch and not all(weight.isfinite().all() for weight in self.vae.parameters()):
-            raise self._diverged(self.steps, "a weight")  # before a checkpoint keeps it
+        if self.steps == self.steps_per_epoch:  # before a checkpoint keeps what is not finite
+            moments = (tensor for state in optimizer.optimizer.state.values() for tensor in state.values())
+            if not all(tensor.isfinite().all() for tensor in (*self.vae.parameters(), *moments)):
+                raise self._diverged(self.steps, "a weight or a moment of Adam")
 
     def _diverged(self, step: int, what: str) -> UserError:
         return UserError(

@@ -1,0 +1,306 @@
+"""A stage that fails or is stopped: what becomes of its outputs and of its run, and what the next `dvc repro` does."""
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from mlflow.entities import Run
+from ruamel.yaml import YAML
+
+from stages import outputs
+from tests.pipeline import commit, environment, run, set_params, stages_run
+from tests.runs import children, client_of, main_run, stored_runs
+
+pytestmark = pytest.mark.slow
+
+KEPT, CACHED = Path("kept.txt"), Path("cached.bin")  # an output that git keeps, and one that is in DVC's cache only
+
+
+# putting outputs back, in a repository with one stage that has two outputs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A repository whose stage has run once."""
+    folder = tmp_path_factory.mktemp("toy")
+    run(folder, "git", "init", "--quiet")
+    for name, value in {"user.name": "A Tester", "user.email": "tester@example.org"}.items():
+        run(folder, "git", "config", name, value)
+    run(folder, "dvc", "init", "--quiet")
+    stage = {"cmd": f"echo kept > {KEPT}; echo cached > {CACHED}", "outs": [str(CACHED)]}
+    YAML().dump({"stages": {"toy": stage | {"metrics": [{str(KEPT): {"cache": False}}]}}}, folder / "dvc.yaml")
+    run(folder, "dvc", "repro", "--quiet")
+    return commit(folder, "A run")
+
+
+@pytest.fixture
+def toy(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it, as the current folder, in which DVC has removed the outputs and a failed stage left other ones."""
+    folder = Path(shutil.copytree(made, tmp_path / "toy", symlinks=True))
+    monkeypatch.chdir(folder)
+    for name, value in environment(folder).items():
+        monkeypatch.setenv(name, value)
+    for path in (KEPT, CACHED):
+        path.unlink()
+        path.write_text("half of something else")
+    return folder
+
+
+def left() -> dict[Path, str]:
+    return {path: path.read_text() for path in (KEPT, CACHED) if path.exists()}
+
+
+WHOLE = {KEPT: "kept\n", CACHED: "cached\n"}
+
+
+@pytest.mark.usefixtures("toy")
+def test_restore_takes_outputs_from_the_cache_and_from_git():
+    outputs.restore("toy")
+    assert left() == WHOLE
+
+
+def test_restore_takes_no_output_where_one_is_nowhere(toy):
+    shutil.rmtree(toy / ".dvc/cache")
+    outputs.restore("toy")
+    assert left() == {}
+
+
+def test_restore_takes_no_damaged_object_from_the_cache(toy):
+    [cached] = (found for found in (toy / ".dvc/cache/files/md5").glob("??/*") if found.read_text() == "cached\n")
+    cached.chmod(0o644)
+    cached.write_text("damage\n")
+    outputs.restore("toy")
+    assert left() == {}
+
+
+@pytest.mark.usefixtures("toy")
+def test_restore_leaves_what_is_there_already():
+    KEPT.write_text("kept\n")
+    before = KEPT.stat().st_mtime_ns
+    outputs.restore("toy")
+    assert left() == WHOLE
+    assert KEPT.stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("lock", [None, "", "stages: [", "schema: '2.0'\nstages:\n  other:\n    cmd: x\n"])
+def test_restore_removes_what_no_lock_speaks_of(lock):
+    Path("dvc.lock").unlink()
+    if lock is not None:
+        Path("dvc.lock").write_text(lock)
+    outputs.restore("toy")
+    assert left() == {}
+
+
+@pytest.mark.parametrize("without", [".git", ".dvc"])
+def test_restore_works_without_git_and_without_dvc(toy, without):
+    shutil.rmtree(toy / without)
+    outputs.restore("toy")
+    assert left() == {}
+
+
+def test_restore_takes_no_output_where_one_cannot_be_written(toy, monkeypatch):
+    def full_disk(path, content):
+        raise OSError(28, "No space left on device") if path == CACHED else path.write_bytes(content)
+
+    monkeypatch.setattr(outputs, "write_bytes", full_disk)
+    outputs.restore("toy")
+    assert left() == {}
+
+
+# a stage that fails
+
+
+def outputs_of(clone: Path, *stages: str) -> dict[str, bytes | None]:
+    """The content of every output of some stages, None where it is missing."""
+    lock = YAML(typ="safe").load(clone / "dvc.lock")["stages"]
+    paths = [clone / out["path"] for stage in stages or lock for out in lock[stage]["outs"]]
+    return {path.relative_to(clone).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def fail_between_two_writes(clone: Path) -> None:
+    """Have render_grid fail when it has written its picture and not its page."""
+    code = clone / "stages/render_grid.py"
+    before = "    write_text("
+    assert code.read_text().count(before) == 1
+    code.write_text(code.read_text().replace(before, f'    raise RuntimeError("half done")\n{before}'))
+    set_params(clone, {"grid.size": 4})
+
+
+def test_a_stage_that_fails_after_its_first_write_puts_all_outputs_back(pipeline):
+    before = outputs_of(pipeline)
+    fail_between_two_writes(pipeline)
+    assert run(pipeline, "dvc", "repro", check=False).returncode != 0
+    assert outputs_of(pipeline) == before
+
+    [child] = children(pipeline, main_run(pipeline))
+    assert child.info.status == "FAILED"
+    assert child.data.tags["reason"] == "render_grid: half done"
+    assert main_run(pipeline).info.status == "FINISHED"
+
+
+def test_a_stage_that_fails_after_its_first_write_leaves_no_output_where_one_is_nowhere(pipeline):
+    shutil.rmtree(pipeline / ".dvc/cache")  # git has the picture; nothing else has the page
+    fail_between_two_writes(pipeline)
+    assert run(pipeline, "dvc", "repro", "--single-item", "render_grid", check=False).returncode != 0
+    assert set(outputs_of(pipeline, "render_grid").values()) == {None}
+
+
+def test_a_lost_output_of_a_failed_stage_comes_back_from_git_where_the_cache_is_empty(pipeline):
+    shutil.rmtree(pipeline / ".dvc/cache")
+    set_params(pipeline, {"samples.rows": 0})
+    before = outputs_of(pipeline, "render_samples")
+    assert run(pipeline, "dvc", "repro", "--single-item", "render_samples", check=False).returncode != 0
+    assert outputs_of(pipeline, "render_samples") == before
+
+
+# a cache that a power cut has damaged
+
+
+def test_a_damaged_model_in_the_cache_is_removed_and_made_again(pipeline):
+    before, model = outputs_of(pipeline), pipeline / "models/vae.safetensors"
+    md5 = outputs.md5(model.read_bytes())
+    cached = pipeline / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    model.unlink()
+    cached.chmod(0o644)
+    cached.write_bytes(b"")
+    cached.chmod(0o444)  # which DVC takes to mean: it is whole
+    set_params(pipeline, {"samples.rows": 1})
+
+    said = run(pipeline, "dvc", "repro", check=False)
+    assert (
+        f"{cached.relative_to(pipeline)} was damaged on the disk; it is removed and will be made again" in said.stderr
+    )
+    assert "Traceback" not in said.stderr
+
+    set_params(pipeline, {"samples.rows": 2})
+    again = run(pipeline, "dvc", "repro")
+    assert "train" in stages_run(again.stdout)
+    assert outputs_of(pipeline) == before
+    assert outputs.md5(cached.read_bytes()) == md5
+
+
+# a stage that is stopped
+
+EPOCHS = 8
+
+
+class Stop(NamedTuple):
+    """What was found when a training had been stopped."""
+
+    outputs: dict[str, bytes | None]
+    run: Run
+    status: int
+    printed: str
+
+
+def kept(clone: Path) -> list[int]:
+    """What changes when training keeps an epoch."""
+    return [path.stat().st_mtime_ns for path in clone.glob("checkpoints/*/last.ckpt")]
+
+
+@contextmanager
+def training(clone: Path) -> Iterator[tuple[subprocess.Popen, psutil.Process, Path]]:
+    """`dvc repro train` when it has kept an epoch: DVC, the stage, and the file that has what they print."""
+    log, before = clone.parent / "log", kept(clone)
+    with log.open("w") as file:
+        dvc = subprocess.Popen(
+            ["dvc", "repro", "train"],
+            cwd=clone,
+            env=environment(clone),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in background
+        )
+    try:
+        while kept(clone) == before:
+            assert dvc.poll() is None, log.read_text()
+            time.sleep(0.05)
+        family = psutil.Process(dvc.pid).children(recursive=True)
+        [stage] = (one for one in family if one.cmdline()[-3:] == ["-m", "stages", "train"])
+        yield dvc, stage, log
+    finally:
+        dvc.kill()
+        dvc.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished_pipeline, tmp_path_factory) -> dict[str, bytes | None]:
+    """The outputs of a longer training that nothing disturbs."""
+    clone = Path(shutil.copytree(finished_pipeline, tmp_path_factory.mktemp("undisturbed") / "vae", symlinks=True))
+    set_params(clone, {"train.epochs": EPOCHS})
+    run(clone, "dvc", "repro", "train")
+    return outputs_of(clone, "train")
+
+
+@pytest.fixture(scope="module")
+def disturbed(finished_pipeline, tmp_path_factory) -> Path:
+    """A copy of the finished pipeline that is to train for longer."""
+    clone = Path(shutil.copytree(finished_pipeline, tmp_path_factory.mktemp("disturbed") / "vae", symlinks=True))
+    set_params(clone, {"train.epochs": EPOCHS})
+    return clone
+
+
+@pytest.fixture(scope="module")
+def stops(disturbed) -> dict[signal.Signals, Stop]:
+    """One training, stopped by three signals in turn, each after another epoch at least."""
+    found = {}
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        with training(disturbed) as (dvc, stage, log):
+            stage.send_signal(number)
+            status = dvc.wait(timeout=60)
+            found[number] = Stop(outputs_of(disturbed, "train"), stored_runs(disturbed)[-1], status, log.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def recovered(disturbed, stops) -> str:
+    """What `dvc repro` prints when it is started at once after `kill -9` of the one before it."""
+    with training(disturbed) as (dvc, stage, _):
+        dvc.kill()
+        dvc.wait()
+        done = run(disturbed, "dvc", "repro", "train")
+    gone, _ = psutil.wait_procs([stage], timeout=60)
+    assert gone == [stage]
+    return done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_training_in_order(stops, finished_pipeline, number):
+    stop = stops[number]
+    assert stop.status != 0
+    assert "Traceback" not in stop.printed
+    assert stop.outputs == outputs_of(finished_pipeline, "train")
+    assert stop.run.info.status == "KILLED"
+    assert stop.run.data.tags["reason"] == f"train: {number.name}"
+
+
+def test_each_repro_resumes_where_the_one_before_was_stopped(stops):
+    resumed = [re.search(r"resuming after epoch (\d+)", stop.printed) for stop in stops.values()]
+    assert resumed[0] is None
+    assert 1 <= int(resumed[1][1]) < int(resumed[2][1])
+
+
+def test_a_training_that_was_stopped_four_times_ends_with_equal_bytes(recovered, disturbed, undisturbed):
+    assert "resuming after epoch" in recovered
+    assert outputs_of(disturbed, "train") == undisturbed
+    assert list((disturbed / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.usefixtures("recovered")
+def test_a_training_that_was_stopped_four_times_is_one_complete_run(disturbed):
+    assert len(stored_runs(disturbed)) == 2  # that of the finished pipeline, and its own
+    found = main_run(disturbed)
+    assert found.info.status == "FINISHED"
+    assert "reason" not in found.data.tags
+    history = client_of(disturbed).get_metric_history(found.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, EPOCHS + 1))
