@@ -94,7 +94,7 @@ def test_enlarge_keeps_ink_in_the_middle_20_by_20_box_but_for_a_soft_edge(digits
 
 
 def test_digits_are_the_same_every_time(digits_dataset, monkeypatch):
-    monkeypatch.setattr("mnist_vae.sources.digits.VARIANTS", 2)  # the first bend is then the same, and it takes less time
+    monkeypatch.setattr("mnist_vae.sources.digits.VARIANTS", 2)  # which takes less time; the first bend is the same
     again = digits()
 
     np.testing.assert_array_equal(again.x_test, digits_dataset.x_test)

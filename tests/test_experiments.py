@@ -26,7 +26,7 @@ IN_THE_CODE, IN_THE_CHANGED_CODE = '"torch": torch.__version__', '"torch": "chan
 
 @pytest.fixture(scope="module")
 def swept(finished_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone without any MLflow store or journal, in which three queued experiments have run, one of them with other code."""
+    """A clone without any store or journal, in which three queued experiments have run, one of them with other code."""
     clone = Path(shutil.copytree(finished_pipeline, tmp_path_factory.mktemp("sweep") / "mnist-vae", symlinks=True))
     for folder in ("journal", "mlruns"):
         shutil.rmtree(clone / folder)

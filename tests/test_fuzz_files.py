@@ -285,8 +285,10 @@ def test_load_model_refuses_metadata_that_make_no_model_even_with_a_digest_that_
         "kld_per_dim": model.kld_per_dim,
         "fingerprint": model.fingerprint,
     }
-    sizes = st.fixed_dictionaries({name: st.integers(1, model_file.LARGEST) for name in about["config"]})
-    about = data.draw(st.just(about) | other_entries(about) | sizes.map(lambda config: about | {"config": config}))
+    size = st.integers(1, model_file.LARGEST)
+    sizes = st.builds(lambda hidden, inputs: about["config"] | {"hidden_dim": hidden, "input_dim": inputs}, size, size)
+    about |= data.draw(st.just({}) | sizes.map(lambda config: {"config": config}))
+    about = data.draw(st.just(about) | other_entries(about))
     about["sha256"] = model_file._digest(about, weights)
     path = model_path.with_name("forged.safetensors")
     save_file(weights, path, metadata={model_file.ENTRY: json.dumps(about)})

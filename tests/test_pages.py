@@ -120,10 +120,11 @@ def test_mlflow_shows_the_manifold_the_metrics_and_the_tags(mlflow_page, browser
     assert all(tag in content for tag in ("dataset", "latent_dim", "git_commit"))
 
 
-def test_mlflow_has_a_slider_over_the_epochs_samples(mlflow_page, browser, finished_pipeline):
+def test_mlflow_has_groups_of_metrics_and_a_slider_over_the_epochs_samples(mlflow_page, browser, finished_pipeline):
     run_id = main_run(finished_pipeline).info.run_id
     page = Visit(browser, f"{mlflow_page}/#/experiments/1/runs/{run_id}/model-metrics").page
-    page.wait_for_selector("text=samples", timeout=30_000)
+    for group in ("quality", "test", "train"):
+        page.get_by_text(group, exact=True).wait_for(state="attached", timeout=30_000)
     page.mouse.move(600, 600)
     for _ in range(40):  # charts are made when they come into view
         if page.query_selector("[role=slider]"):

@@ -1,11 +1,9 @@
 """What a server answers with: the arrays, the packed model, who is champion, and the answers over HTTP."""
 
-import ast
 import contextlib
 import json
 import os
 import pickle
-import re
 import signal
 import socket
 import sqlite3
@@ -20,20 +18,23 @@ import cloudpickle
 import filelock
 import numpy as np
 import pytest
+import safetensors
 import torch
 from mlflow import MlflowClient, pyfunc
 from mlflow.models import Model
 
-from mnist_vae import serving, tracking
-from mnist_vae.model.model_file import Checkpoint, save_model
-from mnist_vae.errors import UserError
-from mnist_vae.tracking.serving import Decoder, Encoder
-from mnist_vae.tracking.store import REGISTERED, register_models, start_run
+from mnist_vae.model.model_file import SavedModel, save_model
 from mnist_vae.model.vae import VAE, VAEConfig
+from mnist_vae.tracking import registry, serving
+from mnist_vae.tracking.registry import REGISTERED, register_models
+from mnist_vae.tracking.serving import Decoder, Encoder
+from mnist_vae.tracking.store import DATABASE, Store
+from tests.tracking import run, start, whole_content
 
 LATENT_DIM = 3
 Z = np.array([[0.5, -1.0, 0.25], [2.0, 0.0, -3.0]], np.float32)
-MEASURED_ON = {"dataset": "mnist", "binarize": "none", "images": 10_000, "test_sha256": "6d87"}
+MEASURED_ON = {"dataset": "mnist", "binarize": "none", "images": "10000", "test_sha256": "6d87"}
+FINGERPRINT = "0123456789abcdef"  # of the training
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,8 +53,8 @@ def vae():
 
 @pytest.fixture(scope="module")
 def path(vae, tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "vae.pt"
-    save_model(path, Checkpoint(vae, "MNIST", [1.0, 0.5, 0.25]))
+    path = tmp_path_factory.mktemp("models") / "vae.safetensors"
+    save_model(path, SavedModel(vae, "MNIST", [1.0, 0.5, 0.25], FINGERPRINT))
     return path
 
 
@@ -66,25 +67,28 @@ def images():
 def workspace(tmp_path_factory, path):
     """A folder whose store holds one registered model, the champion; read it, do not change it."""
     workspace = tmp_path_factory.mktemp("workspace")
-    with start_run(workspace, "the model", {}) as run:
-        assert register_models(workspace, run, path, MEASURED_ON, 150.0)
+    store = Store(workspace)
+    assert register_models(store, new_run(store, "the model"), path, MEASURED_ON, 150.0)
     return workspace
 
 
 @pytest.fixture
 def fresh(workspace, tmp_path, monkeypatch):
-    """A copy of the store to change; models are not written again, which takes most of the time."""
-    folder = tmp_path / "fresh"
-    folder.mkdir()
-    with sqlite3.connect(workspace / "mlflow.db") as before, sqlite3.connect(folder / "mlflow.db") as after:
+    """A copy of the store to change; the files of models are not written, which takes most of the time."""
+    with sqlite3.connect(workspace / DATABASE) as before, sqlite3.connect(tmp_path / DATABASE) as after:
         before.backup(after)
-    logged = {model.name: model for model in logged_models(folder)}
-    monkeypatch.setattr(tracking, "_log_model", lambda run, path, part: logged[part])
-    return folder
+    monkeypatch.setattr(registry, "_log_model", lambda *_: None)
+    return Store(tmp_path)
 
 
-def client_of(workspace):
-    return MlflowClient(tracking_uri=f"sqlite:///{workspace / 'mlflow.db'}")
+def new_run(store, name):
+    """The id of a run of a training of its own."""
+    return store.create_run(name, "main", name, 1).info.run_id
+
+
+def client_of(store):
+    """The client of a store, or of a workspace's."""
+    return store.client if isinstance(store, Store) else Store(store).client
 
 
 def version_of(workspace, part, alias="champion"):
@@ -169,29 +173,34 @@ def test_z_must_be_finite(vae, value):
 
 
 @pytest.mark.parametrize("part", REGISTERED)
-def test_a_model_is_its_checkpoint_and_the_code_that_serves_it(workspace, path, part):
+def test_a_model_is_its_file_and_the_code_that_serves_it(workspace, path, part):
     folder = folder_of(workspace, part)
 
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    code = {f"code/mnist_vae/{file.name}" for file in serving.PACKED}
+    code = {f"code/mnist_vae/{file.relative_to(serving.LIBRARY)}" for file in serving.PACKED}
     about = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
     examples = {"input_example.json", "serving_input_example.json"}
-    assert files == {"data/vae.pt"} | code | about | examples
-    assert (folder / "data/vae.pt").read_bytes() == path.read_bytes()
-    assert all((folder / "code/mnist_vae" / file.name).read_bytes() == file.read_bytes() for file in serving.PACKED)
-
-
-def test_the_packed_code_imports_nothing_of_the_library_but_itself():
-    imported = set()
+    assert files == {"data/vae.safetensors"} | code | about | examples
+    assert (folder / "data/vae.safetensors").read_bytes() == path.read_bytes()
     for file in serving.PACKED:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else getattr(node, "names", [])
-            imported |= {getattr(name, "name", name) for name in names}
+        assert (folder / "code/mnist_vae" / file.relative_to(serving.LIBRARY)).read_bytes() == file.read_bytes()
 
-    own = {name for name in imported if name.startswith("mnist_vae")}
-    assert "mnist_vae.model.model_file" in own
-    assert own <= {f"mnist_vae.{file.stem}" for file in serving.PACKED}
-    assert {name.partition(".")[0] for name in imported - own} - sys.stdlib_module_names <= {"numpy", "torch"}
+
+def test_the_packed_code_answers_by_itself_with_few_packages(workspace, vae):
+    program = """
+sys.path.insert(0, str(workspace / "code"))
+from mnist_vae.tracking.serving import _load_pyfunc
+import numpy
+print(_load_pyfunc(str(workspace / "data" / "vae.safetensors"), {"part": "decoder"}).predict(numpy.ones((1, 3))).sum())
+print(*sorted({getattr(module, "__file__", "") or "" for name, module in sys.modules.items() if "mnist_vae" in name}))
+print(*sorted({name for name in ("mlflow", "lightning", "sklearn", "pydantic", "PIL") if name in sys.modules}))
+"""
+    folder = folder_of(workspace, "decoder")
+    answer, files, others = run(program, folder).splitlines()
+
+    assert float(answer) == pytest.approx(Decoder(vae).predict(np.ones((1, LATENT_DIM), np.float32)).sum(), rel=1e-5)
+    assert all(file.startswith(str(folder / "code")) for file in files.split())
+    assert others == ""
 
 
 @pytest.mark.parametrize(
@@ -222,7 +231,8 @@ def test_the_requirements_are_the_versions_that_run(workspace):
     lines = (folder_of(workspace, "decoder") / "requirements.txt").read_text().split()
 
     assert lines[0].startswith("mlflow==")
-    assert lines[1:] == [f"numpy=={np.__version__}", f"torch=={torch.__version__.partition('+')[0]}"]
+    versions = {"numpy": np.__version__, "safetensors": safetensors.__version__, "torch": torch.__version__}
+    assert lines[1:] == [f"{package}=={version.partition('+')[0]}" for package, version in versions.items()]
 
 
 @pytest.mark.parametrize("part", REGISTERED)
@@ -283,67 +293,108 @@ def test_a_version_tells_its_run_what_it_was_measured_on_and_how_good_it_is(work
 )
 def test_the_champion_changes_only_for_a_lower_nll_on_the_same(fresh, path, changed, nll, moves):
     (before,) = set(champions(fresh))
-    with start_run(fresh, "challenger", {}) as run:
-        answer = register_models(fresh, run, path, MEASURED_ON | changed, nll)
+    challenger = new_run(fresh, "challenger")
 
-    assert answer is moves
-    assert champions(fresh) == [run.id if moves else before] * 2
+    assert register_models(fresh, challenger, path, MEASURED_ON | changed, nll) is moves
+
+    assert champions(fresh) == [challenger if moves else before] * 2
     assert [len(versions_of(fresh, part)) for part in REGISTERED] == [2, 2]
 
 
 def test_without_champions_any_model_becomes_one(fresh, path):
     for name in REGISTERED.values():
-        client_of(fresh).delete_registered_model_alias(name, "champion")
-    with start_run(fresh, "another", {}) as run:
-        assert register_models(fresh, run, path, MEASURED_ON, 999.0)
+        fresh.client.delete_registered_model_alias(name, "champion")
+    another = new_run(fresh, "another")
 
-    assert champions(fresh) == [run.id, run.id]
+    assert register_models(fresh, another, path, MEASURED_ON, 999.0)
+
+    assert champions(fresh) == [another, another]
 
 
-def test_decoder_and_encoder_move_together_or_not_at_all(fresh, path):
-    client_of(fresh).delete_registered_model_alias(REGISTERED["decoder"], "champion")
-    with start_run(fresh, "worse", {}) as run:
-        assert not register_models(fresh, run, path, MEASURED_ON, 151.0)
+def test_a_champion_whose_run_was_deleted_makes_room_for_any_other(fresh, path):
+    fresh.client.delete_run(champions(fresh)[0])
+    another = new_run(fresh, "another")
 
-    assert "champion" not in client_of(fresh).get_registered_model(REGISTERED["decoder"]).aliases
+    assert register_models(fresh, another, path, MEASURED_ON, 999.0)
+
+    assert champions(fresh) == [another, another]
+
+
+@pytest.mark.parametrize("part", REGISTERED)
+def test_decoder_and_encoder_are_one_models_again_when_a_process_was_killed_between_them(fresh, path, part):
+    (before,) = set(champions(fresh))
+    fresh.client.delete_registered_model_alias(REGISTERED[part], "champion")
+
+    assert not register_models(fresh, new_run(fresh, "worse"), path, MEASURED_ON, 151.0)
+
+    assert champions(fresh) == [before, before]
+
+
+def test_the_encoder_follows_a_decoder_that_has_become_champion_without_it(fresh, path):
+    better = new_run(fresh, "better")
+    assert register_models(fresh, better, path, MEASURED_ON, 140.0)
+    fresh.client.set_registered_model_alias(REGISTERED["encoder"], "champion", "1")
+    assert len(set(champions(fresh))) == 2
+
+    assert not register_models(fresh, new_run(fresh, "between"), path, MEASURED_ON, 145.0)
+
+    assert champions(fresh) == [better, better]
+
+
+def test_registering_twice_changes_nothing(fresh, path):
+    run_id = new_run(fresh, "another")
+    register_models(fresh, run_id, path, MEASURED_ON, 149.0)
+    before = whole_content(fresh.workspace)
+
+    assert register_models(fresh, run_id, path, MEASURED_ON, 149.0)
+
+    assert whole_content(fresh.workspace) == before
 
 
 def test_a_model_that_is_measured_again_stays_one_version_with_the_new_numbers(fresh, path):
-    run = tracking.resume_run(fresh, champions(fresh)[0])
+    run_id = champions(fresh)[0]
 
-    assert register_models(fresh, run, path, MEASURED_ON, 150.5)
+    assert register_models(fresh, run_id, path, MEASURED_ON, 150.5)
 
     for part in REGISTERED:
         (version,) = versions_of(fresh, part)
         assert version.tags["nll"] == "150.5"
-    assert champions(fresh) == [run.id, run.id]
+    assert champions(fresh) == [run_id, run_id]
 
 
 def test_another_model_of_the_same_run_is_another_version(fresh, path, tmp_path):
-    run = tracking.resume_run(fresh, champions(fresh)[0])
-    other = tmp_path / "vae.pt"
-    save_model(other, Checkpoint(VAE(VAEConfig(8, LATENT_DIM)), "MNIST", [0.0] * LATENT_DIM))
+    other = tmp_path / "vae.safetensors"
+    save_model(other, SavedModel(VAE(VAEConfig(8, LATENT_DIM)), "MNIST", [0.0] * LATENT_DIM, FINGERPRINT))
 
-    assert register_models(fresh, run, other, MEASURED_ON, 149.0)
+    assert register_models(fresh, champions(fresh)[0], other, MEASURED_ON, 149.0)
 
     assert [len(versions_of(fresh, part)) for part in REGISTERED] == [2, 2]
     assert int(version_of(fresh, "decoder").version) == 2
 
 
 def test_the_same_model_served_by_other_code_is_another_version(fresh, path, tmp_path, monkeypatch):
-    run = tracking.resume_run(fresh, champions(fresh)[0])
     changed = tmp_path / "serving.py"
     changed.write_text("# changed\n")
     monkeypatch.setattr(serving, "PACKED", [*serving.PACKED[:-1], changed])
 
-    register_models(fresh, run, path, MEASURED_ON, 150.0)
+    register_models(fresh, champions(fresh)[0], path, MEASURED_ON, 150.0)
 
     assert [len(versions_of(fresh, part)) for part in REGISTERED] == [2, 2]
 
 
+def test_a_champion_that_somebody_chose_by_hand_stands_in_nobodys_way(fresh, path):
+    name = REGISTERED["decoder"]
+    fresh.client.create_model_version(name, "file:///elsewhere", champions(fresh)[0])
+    fresh.client.set_registered_model_alias(name, "champion", "2")
+
+    assert not register_models(fresh, new_run(fresh, "better"), path, MEASURED_ON, 100.0)
+
+    assert int(version_of(fresh, "decoder").version) == 2
+
+
 def test_no_other_process_comes_between_the_question_and_the_move(fresh, path, monkeypatch):
     def is_locked():
-        with pytest.raises(filelock.Timeout), filelock.FileLock(fresh / "mlflow.db.lock", timeout=0):
+        with pytest.raises(filelock.Timeout), filelock.FileLock(fresh.workspace / "mlflow.db.lock", timeout=0):
             pass
 
     asked = []
@@ -356,33 +407,23 @@ def test_no_other_process_comes_between_the_question_and_the_move(fresh, path, m
             return original(*args, **kwargs)
 
         monkeypatch.setattr(MlflowClient, name, checked)
-    with start_run(fresh, "better", {}) as run:
-        register_models(fresh, run, path, MEASURED_ON, 149.0)
+    register_models(fresh, new_run(fresh, "better"), path, MEASURED_ON, 149.0)
 
     assert set(asked) == {"search_model_versions", "get_registered_model", "set_registered_model_alias"}
 
 
 @pytest.mark.slow
-def test_a_stage_that_registers_prints_nothing_of_mlflows(fresh, path):
+def test_registering_prints_nothing_of_mlflows(fresh, path):
     program = f"""
-import sys; sys.path[:0] = {sys.path!r}
-from pathlib import Path
-from mnist_vae.tracking.store import register_models, start_run
-with start_run(Path(sys.argv[1]), "quiet", {{}}) as run:
-    print(register_models(Path(sys.argv[1]), run, Path(sys.argv[2]), {MEASURED_ON!r}, 149.0))
+from mnist_vae.tracking.store import Store
+from mnist_vae.tracking.registry import register_models
+store = Store(workspace)
+run_id = store.create_run("quiet", "main", "quiet", 1).info.run_id
+print(register_models(store, run_id, Path(sys.argv[2]), {MEASURED_ON!r}, 149.0))
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", program, str(fresh), str(path)], capture_output=True, text=True, check=True
-    )
+    process = start(program, fresh.workspace, path)
 
-    assert (answer.stdout, answer.stderr) == ("True\n", "")
-
-
-def test_a_registry_that_fails_is_a_users_problem(fresh, path):
-    with start_run(fresh, "deleted", {}) as run:
-        pass
-    with pytest.raises(UserError, match=re.escape(f"MLflow (sqlite:///{fresh / 'mlflow.db'}): ")):
-        register_models(fresh, run, path, dict.fromkeys([""], "a tag without a name"), 150.0)
+    assert process.communicate(timeout=300) == ("True\n", "")
 
 
 # over HTTP, as the README has it
@@ -498,4 +539,4 @@ def test_a_server_says_what_is_wrong_with_a_request(servers, part, inputs, reaso
 def test_a_server_runs_the_models_own_code(servers, workspace):
     _, answer = ask(servers["encoder"], np.full((1, 28, 28), 255).tolist())
 
-    assert str(folder_of(workspace, "encoder") / "code" / "mnist_vae" / "serving.py") in answer["stack_trace"]
+    assert str(folder_of(workspace, "encoder") / "code/mnist_vae/tracking/serving.py") in answer["stack_trace"]

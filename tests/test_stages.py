@@ -1,30 +1,132 @@
-"""What a stage loads before it starts: five stages are five processes, and imports are most of a short one."""
+"""The process of a stage: what it loads, what it says to a wrong call, who may stop it, and that it works alone."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+from mnist_vae.errors import UserError
+from stages import stage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": "src"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    )
+
+
+# five stages are five processes, and imports are most of a short one
+
+
 @pytest.mark.parametrize(
-    ("stage", "unneeded"),
+    ("name", "unneeded"),
     [
-        ("download", {"torch", "torchvision", "lightning", "mlflow", "matplotlib", "sklearn", "pandas"}),
-        ("train", {"sklearn", "torchvision", "scipy.signal"}),
-        ("evaluate", {"lightning", "torchvision"}),
-        ("render_samples", {"lightning", "torchvision", "sklearn", "scipy.stats"}),
-        ("render_grid", {"lightning", "torchvision", "sklearn", "scipy.stats"}),
+        (
+            "download",
+            {"torch", "torchvision", "lightning", "mlflow", "matplotlib", "sklearn", "scipy", "pandas", "dvc"},
+        ),
+        ("train", {"mlflow", "sklearn", "pandas", "dvc"}),
+        ("evaluate", {"torchvision", "lightning", "mlflow", "matplotlib.pyplot", "dvc"}),
+        ("render_samples", {"torchvision", "lightning", "mlflow", "sklearn", "scipy", "pandas", "dvc"}),
+        ("render_grid", {"torchvision", "lightning", "mlflow", "sklearn", "scipy", "pandas", "dvc"}),
     ],
 )
-def test_a_stage_imports_what_it_uses(stage, unneeded):
-    program = f"import sys, stages.{stage}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+def test_a_stage_imports_what_it_uses(name, unneeded):
+    loaded = python("-c", f"import sys, stages.stage, stages.{name}; print(*sys.modules)")
+    assert loaded.returncode == 0, loaded.stderr
     assert unneeded.isdisjoint(loaded.stdout.split())
 
 
-def test_torchvision_is_there_after_lightning_was_imported_without_it():
-    program = "import stages, mnist_vae.training.fit, mnist_vae.sources.mnist, torchvision, scipy.signal"
-    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
+# a wrong call
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "evaluate"]])
+def test_a_wrong_call_gets_the_usage_in_one_line(arguments):
+    refused = python("-m", "stages", *arguments)
+    assert refused.returncode == 1
+    assert refused.stderr == "usage: python -m stages {download|train|evaluate|render_samples|render_grid}\n"
+
+
+def test_an_interpreter_without_the_packages_is_told_where_they_are():
+    refused = python("-S", "-m", "stages", "train")  # -S: without site-packages
+    assert refused.returncode == 1
+    [line] = refused.stderr.splitlines()
+    assert line.startswith(f"{sys.executable} has no torch")
+    assert "`make setup`" in line
+
+
+# signals
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    """What a test does to the handlers of signals is undone."""
+    before = {number: signal.getsignal(number) for number in stage.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("number", stage.SIGNALS)
+def test_end_on_signals_ends_the_process_once_with_the_status_of_the_signal(number):
+    stage.end_on_signals()
+    with pytest.raises(SystemExit) as stopped:
+        os.kill(os.getpid(), number)
+    assert stopped.value.code == 128 + number
+    for other in stage.SIGNALS:
+        os.kill(os.getpid(), other)  # is ignored, else this test would end here
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_end_on_signals_leaves_a_signal_ignored_that_is_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    stage.end_on_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_end_with_dvc_ends_a_stage_whose_dvc_is_gone_already(monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    monkeypatch.setattr(stage, "PARENT", os.getppid() + 1)
+    with pytest.raises(SystemExit) as stopped:
+        stage.end_with_dvc()
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
+# one stage at a time
+
+
+@pytest.fixture
+def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileLock]:
+    """A folder in which another stage works."""
+    monkeypatch.chdir(tmp_path)
+    stage.LOCK.parent.mkdir(parents=True)
+    with FileLock(stage.LOCK) as lock:
+        stage.LOCK.write_text("train, process 123")
+        yield lock
+
+
+def test_only_stage_here_refuses_in_the_end_and_names_the_other_stage(busy, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "LOCK_TIMEOUT_S", 0.1)
+    refused = pytest.raises(UserError, match=r"another stage still works in this folder \(train, process 123\)")
+    with refused, stage.only_stage_here("evaluate"):
+        pytest.fail("two stages at once")
+    assert "evaluate: waiting for another stage in this folder to end (train, process 123)" in capsys.readouterr().err
+
+
+def test_only_stage_here_goes_on_when_the_other_stage_has_ended(busy):
+    busy.release()
+    with stage.only_stage_here("evaluate"):
+        assert stage.LOCK.read_text() == f"evaluate, process {os.getpid()}"
+    with stage.only_stage_here("evaluate"):
+        pass

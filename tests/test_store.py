@@ -364,6 +364,7 @@ def test_mlflow_sends_nothing_home_and_prints_nothing_of_its_own(tmp_path):
 # a fresh store
 
 
+@pytest.mark.slow
 def test_two_processes_and_mlflows_own_may_make_a_fresh_store_at_once(tmp_path):
     wait = """
 (workspace / f"ready-{os.getpid()}").touch()
@@ -393,6 +394,7 @@ initialize_backend_stores(f"sqlite:///{{workspace / 'mlflow.db'}}", default_arti
     integrity.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_makes_a_store_leaves_none_or_a_whole_one(tmp_path):
     program = """
 import gc
@@ -500,8 +502,7 @@ def test_a_locked_database_is_called_locked(fresh, monkeypatch):
     assert Store(fresh).experiment
 
 
-@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
-def test_a_store_may_lie_in_any_folder(tmp_path, locale):
+def test_a_store_may_lie_in_any_folder(tmp_path):
     folder = tmp_path / "a b%20c?d#e:f&g[h]é"
     folder.mkdir()
     program = """
@@ -514,7 +515,7 @@ run = store.create_run("0123456789abcdef", "main", "a run", 1).info.run_id
 store.client.log_artifact(run, str(workspace / "file.txt"), "plots")
 print(store.client.list_artifacts(run, "plots")[0].path)
 """
-    assert run(program, folder, LC_ALL=locale) == "plots/file.txt\n"
+    assert run(program, folder) == "plots/file.txt\n"
 
     (one,) = runs(folder)
     assert one["name"] == "a run"

@@ -93,11 +93,11 @@ def end(stage: str, key: str = "", process: str = "", status: Any = "FINISHED", 
     return End(place=place_of(stage, key), stage=stage, process=process, status=status, reason=reason)
 
 
-def tell_training(journal: Journal, process: str = "") -> None:
+def tell_training(journal: Journal, process: str = "", epochs: tuple[int, ...] = EPOCHS) -> None:
     """A stage that trains: three epochs with a picture each."""
     journal.append(begin("train", process=process, epochs=str(len(EPOCHS))))
     journal.append(Trained(about=ABOUT))
-    for epoch in EPOCHS:
+    for epoch in epochs:
         journal.append(Metrics(values={"train/loss": 200.0 - epoch, "train/kld": 0.1 * epoch}, step=epoch))
         picture = np.full((28, 56), epoch, np.uint8)
         journal.append(Image(key="samples", step=epoch, payload=journal.keep_bytes("samples.png", to_png(picture))))

@@ -62,8 +62,7 @@ def quadrature_nll(vae: VAE, x: Tensor, step: float = 0.04) -> Quadrature:
     """
     if vae.config.latent_dim > 2:
         raise ValueError(
-            f"quadrature_nll: latent_dim is {vae.config.latent_dim}, and a grid serves at most 2; "
-            "use importance_nll"
+            f"quadrature_nll: latent_dim is {vae.config.latent_dim}, and a grid serves at most 2; use importance_nll"
         )
     blocks = [_quadrature_block(vae, images, step) for images in x.split(GRID_IMAGES)]
     return Quadrature(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
