@@ -119,15 +119,17 @@ def only_stage_here(name: str) -> Iterator[None]:
 
 def end_on_signals() -> None:
     """Have Ctrl-C, SIGTERM and SIGHUP end the stage in order, unless they are ignored, as SIGHUP is under nohup."""
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    is_stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for other in heeded:
-            signal.signal(other, signal.SIG_IGN)  # once is enough: what follows must not be cut short
-        raise Stopped(number)
+        nonlocal is_stopping
+        if not is_stopping:  # once is enough: what follows must not be cut short
+            is_stopping = True
+            raise Stopped(number)
 
-    for number in heeded:
-        signal.signal(number, stop)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def end_with_dvc() -> None:

@@ -325,8 +325,10 @@ class Send(Callback):
 
 @pytest.fixture
 def _handlers():
-    """What a test does to the handlers of signals is undone."""
+    """Python's own handlers of signals, and afterwards those from before."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -334,7 +336,6 @@ def _handlers():
 
 @pytest.mark.usefixtures("_handlers")
 def test_ctrl_c_in_training_is_a_keyboard_interrupt_and_works_again_afterwards(images):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     ctrl_c = Send(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -345,7 +346,7 @@ def test_ctrl_c_in_training_is_a_keyboard_interrupt_and_works_again_afterwards(i
 
 
 @pytest.mark.usefixtures("_handlers")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_the_stage_ends_training_after_the_current_chunk(images, number):
     end_on_signals()
     stop = Send(number)

@@ -23,6 +23,9 @@ REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EROFS: "the file system is read-only; mount it for writing, or work in another folder",
+    errno.ENOTDIR: "a file is where a folder should be; move it away",
+    errno.EEXIST: "a file is where a folder should be; move it away",
+    errno.EISDIR: "a folder is where the file should be; move it away",
     errno.EACCES: "this user may not write there; change its permissions",
     errno.EPERM: "this user may not write there; change its permissions",
 }
@@ -38,7 +41,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         UserError: the disk is full or read-only, or the folder is not ours to write to.
     """
     with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         sweep_scratch(path.parent)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{SCRATCH}{os.getpid()}-") as folder:
             scratch = Path(folder, path.name)
@@ -46,6 +49,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
             flush_to_disk(scratch)
             scratch.replace(path)
         flush_to_disk(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in, so that a power cut does not take it away again."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_to_disk(folder.parent)
 
 
 @contextmanager
