@@ -100,7 +100,7 @@ def check_cache() -> None:
     """Have the disk hold what DVC has put into its cache since the last check, and remove objects that are damaged.
 
     DVC copies small outputs into its cache without waiting for the disk, and never reads an object to see whether a
-    power cut left it whole. Each object is read once. Files that DVC made from a damaged one go with it.
+    power cut left it whole. Each object is read once.
     """
     cache, marker = WORKSPACE / ".dvc/cache/files/md5", WORKSPACE / ".dvc/tmp/cache-checked"
     since, now = marker.stat().st_mtime if marker.is_file() else 0.0, time.time()
@@ -111,9 +111,6 @@ def check_cache() -> None:
             flush_to_disk(found)
             if not is_whole(found):
                 log.warning("%s was damaged on the disk; it is removed and will be made again", found)
-                for output in locked():
-                    if output.md5 == name_of(found) and not output.is_there():
-                        output.path.unlink(missing_ok=True)
                 found.unlink()
     if cache.is_dir():
         write_bytes(marker, b"")
@@ -124,12 +121,7 @@ def is_whole(cached: Path) -> bool:
     """Whether an object of DVC's cache has the hash that its name says."""
     with cached.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    return digest == name_of(cached).removesuffix(".dir")
-
-
-def name_of(cached: Path) -> str:
-    """The hash by which DVC looks for an object of its cache."""
-    return cached.parent.name + cached.name
+    return digest == cached.parent.name + cached.name.removesuffix(".dir")
 
 
 def _from_cache(md5_of_file: str) -> bytes | None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mnist_vae.errors import UserError
-from mnist_vae.sources import mnist
+from mnist_vae.sources import fetch, mnist
 from mnist_vae.sources.mnist import NoMirrorAnswersError, download_mnist
 from tests import servers
 
@@ -38,7 +38,7 @@ def own_mirrors(monkeypatch, torchvisions_mnist):
     """torchvision's own mirrors; empty, so that no test reaches for the network. No test waits before it retries."""
     mirrors = []
     monkeypatch.setattr(torchvisions_mnist, "mirrors", mirrors)
-    monkeypatch.setattr(mnist, "RETRY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(fetch, "RETRY_WAITS_S", (0.0, 0.0))
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -279,8 +279,8 @@ WRONG = {  # what a mirror may do wrongly, and what the error says then
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(mnist, "TIMEOUT_S", 0.3)
-    monkeypatch.setattr(mnist, "DEADLINE_S", 1.5)
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(fetch, "DEADLINE_S", 1.5)
 
 
 @pytest.mark.parametrize(("answer", "says"), WRONG.values(), ids=WRONG)
@@ -369,7 +369,7 @@ def test_download_mnist_tries_again_after_a_passing_fault(small, serve, impatien
 
 def test_download_mnist_waits_longer_before_the_last_attempt(serve, monkeypatch):
     waits = []
-    monkeypatch.setattr(mnist, "RETRY_WAITS_S", (1.0, 4.0))
+    monkeypatch.setattr(fetch, "RETRY_WAITS_S", (1.0, 4.0))
     monkeypatch.setattr("time.sleep", waits.append)
     server = serve(servers.send(503))
 

@@ -58,6 +58,12 @@ def left() -> dict[Path, str]:
     return {path: path.read_text() for path in (KEPT, CACHED) if path.exists()}
 
 
+def object_of(folder: Path, content: bytes) -> Path:
+    """Where DVC's cache has a file of this content."""
+    md5 = outputs.md5(content)
+    return folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+
+
 WHOLE = {KEPT: "kept\n", CACHED: "cached\n"}
 
 
@@ -74,7 +80,7 @@ def test_restore_takes_no_output_where_one_is_nowhere(toy):
 
 
 def test_restore_takes_no_damaged_object_from_the_cache(toy):
-    [cached] = (found for found in (toy / ".dvc/cache/files/md5").glob("??/*") if found.read_text() == "cached\n")
+    cached = object_of(toy, b"cached\n")
     cached.chmod(0o644)
     cached.write_text("damage\n")
     outputs.restore("toy")
@@ -114,6 +120,24 @@ def test_restore_takes_no_output_where_one_cannot_be_written(toy, monkeypatch):
     monkeypatch.setattr(outputs, "write_bytes", full_disk)
     outputs.restore("toy")
     assert left() == {}
+
+
+def test_check_cache_removes_damaged_objects_and_leaves_what_dvc_is_writing(toy, monkeypatch, caplog):
+    monkeypatch.setattr(outputs, "WORKSPACE", toy)
+    cached = object_of(toy, b"cached\n")
+    whole = cached.read_bytes()
+    being_written = cached.with_name(".tmp-half")
+    being_written.write_bytes(b"half")
+    outputs.check_cache()
+    assert cached.read_bytes() == whole
+    assert caplog.messages == []
+
+    cached.chmod(0o644)
+    cached.write_bytes(b"")
+    outputs.check_cache()
+    assert not cached.exists()
+    assert being_written.exists()
+    assert caplog.messages == [f"{cached} was damaged on the disk; it is removed and will be made again"]
 
 
 # a stage that fails
@@ -167,8 +191,7 @@ def test_a_lost_output_of_a_failed_stage_comes_back_from_git_where_the_cache_is_
 
 def test_a_damaged_model_in_the_cache_is_removed_and_made_again(pipeline):
     before, model = outputs_of(pipeline), pipeline / "models/vae.safetensors"
-    md5 = outputs.md5(model.read_bytes())
-    cached = pipeline / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    cached, content = object_of(pipeline, model.read_bytes()), model.read_bytes()
     model.unlink()
     cached.chmod(0o644)
     cached.write_bytes(b"")
@@ -185,7 +208,7 @@ def test_a_damaged_model_in_the_cache_is_removed_and_made_again(pipeline):
     again = run(pipeline, "dvc", "repro")
     assert "train" in stages_run(again.stdout)
     assert outputs_of(pipeline) == before
-    assert outputs.md5(cached.read_bytes()) == md5
+    assert cached.read_bytes() == content
 
 
 # a stage that is stopped

@@ -1,6 +1,6 @@
 """What may keep DVC from running, each with its remedy in words.
 
-    python -m tools.remedies    run by `make run` when `dvc repro` fails; says nothing where it finds nothing
+python -m tools.remedies    run by `make run` when `dvc repro` fails; says nothing where it finds nothing
 """
 
 import json

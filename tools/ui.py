@@ -1,6 +1,6 @@
 """Open MLflow's page on the runs of this project.
 
-    python -m tools.ui          `make ui`: serves this folder's store on 127.0.0.1, for this machine alone
+python -m tools.ui          `make ui`: serves this folder's store on 127.0.0.1, for this machine alone
 """
 
 import os

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from tests.faults.lab import EPOCHS, Lab, with_suppressed
+from tests.faults.lab import EPOCHS, Lab, State, with_suppressed
 from tests.faults.oracle import assert_outputs_equal, assert_trained
 
 Victim = Literal["stage", "sender", "dvc", "group"]
 GRACE_S = 20  # within which a stage ends after a signal, or after its dvc
-BEFORE = {"download": "fresh", "train": "downloaded", "evaluate": "trained"}  # the state in which a stage is to run
+BEFORE: dict[str, State] = {"download": "fresh", "train": "downloaded"}  # the state in which a stage is to run
 
 
 # at named points
@@ -102,5 +102,16 @@ def _asked_to_end(lab: Lab, signal: str) -> None:
     running.wait(GRACE_S)
     lab.wait_for_quiet(GRACE_S)
     assert lab.sql("SELECT status FROM runs") == [("KILLED",)]
-    assert lab.sql("SELECT value FROM tags WHERE key = 'reason'") == [(signal,)]
+    assert lab.sql("SELECT value FROM tags WHERE key = 'reason'") == [(f"train: {signal}",)]
     lab.next_says = ("resuming after epoch",)
+
+
+def at_dvc(stage: str, place: str, **rule: Any) -> Callable[[Lab], None]:
+    """Kill dvc itself at a call."""
+    return partial(_at_dvc, stage=stage, rule={"at": place, "do": "SIGKILL", **rule})
+
+
+def _at_dvc(lab: Lab, stage: str, rule: dict[str, Any]) -> None:
+    lab.begin(BEFORE.get(stage, "trained"))
+    lab.run("dvc", "repro", stage, env=lab.rules(rule) | {"PYTHONPATH": str(lab.clone / "src")})
+    lab.assert_interfered()

@@ -23,7 +23,7 @@ import pytest
 
 from tests.pipeline import TINY, clone_working_tree, commit, environment, run, set_params
 
-State = Literal["downloaded", "trained", "finished"]
+State = Literal["fresh", "downloaded", "trained", "finished"]
 EPOCHS = 4
 PARAMS = TINY | {"train.epochs": EPOCHS}
 STAGES = ("download", "train", "evaluate", "render_samples", "render_grid")
@@ -32,14 +32,14 @@ OFFLINE = {"MNIST_MIRROR": "", "http_proxy": NOBODY, "https_proxy": NOBODY, "no_
 
 
 def make_states(folder: Path) -> Path:
-    """The undisturbed run in ``folder``, with a copy of it after download, after train and at its end."""
-    clone = clone_working_tree(folder / "downloaded")
+    """The undisturbed run in ``folder``, with a copy of it as it was at the beginning, after download, after train and at its end."""
+    clone = clone_working_tree(folder / "fresh")
     run(clone, "git", "config", "maintenance.auto", "false")  # it would change a clone while that is copied
     with (clone / ".git/info/exclude").open("a") as file:
         file.write("/src/sitecustomize.py\n")
     set_params(clone, PARAMS)
     commit(clone, "Small parameters")
-    run(clone, "dvc", "repro", "download")
+    run(copy(folder, "fresh", folder / "downloaded"), "dvc", "repro", "download")
     run(copy(folder, "downloaded", folder / "trained"), "dvc", "repro", "train")
     run(copy(folder, "trained", folder / "finished"), "dvc", "repro")
     return folder
@@ -77,6 +77,7 @@ class Lab:
         self.prefix: tuple[str, ...] = ()  # of all commands that follow, as runuser
         self.clone = folder / "mnist-vae"
         self.database: Path | None = None  # of the store, where it is not in the clone
+        self.lost_frames: tuple[int, ...] = ()  # epochs of which MLflow has no picture
         self.other_trainings = 0  # that a fault leaves a run of, beside the one of the undisturbed run
         stack.callback(self.kill_all)
 

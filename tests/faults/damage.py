@@ -1,0 +1,163 @@
+"""Files that are cut short, emptied, overwritten or gone."""
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.faults.lab import Lab, State
+from tests.faults.oracle import outputs
+
+
+def cut(path: str, keep: float = 0.5, state: State = "finished") -> Callable[[Lab], None]:
+    """A file of the workspace loses its end."""
+    return partial(_cut, path=path, keep=keep, state=state)
+
+
+def _cut(lab: Lab, path: str, keep: float, state: State) -> None:
+    lab.begin(state)
+    file = lab.clone / path
+    content = file.read_bytes()
+    file.unlink()  # it may be linked with DVC's cache
+    file.write_bytes(content[: int(keep * len(content))])
+
+
+def cached(path: str, linked: bool, state: State, content: bytes = b"") -> Callable[[Lab], None]:
+    """An object of DVC's cache is empty, and so is the file where the two are one."""
+    return partial(_cached, path=path, linked=linked, state=state, content=content)
+
+
+def _cached(lab: Lab, path: str, linked: bool, state: State, content: bytes) -> None:
+    lab.begin(state)
+    file, found = lab.clone / path, object_of(lab, path)
+    found.chmod(0o644)
+    found.write_bytes(content)
+    found.chmod(0o444)
+    file.unlink()
+    if linked:
+        os.link(found, file)
+    # Whoever asks DVC for the file gets the damaged one: it trusts its cache unread.
+
+
+def object_of(lab: Lab, path: str) -> Path:
+    """Where DVC's cache has an output."""
+    md5 = outputs(lab.clone)[path]
+    return lab.clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+
+
+def every_object_empty(lab: Lab) -> None:
+    lab.begin("finished")
+    for path in ("data/dataset.npz", "data/dataset.json", "models/vae.safetensors", "metrics/report.md"):
+        found = object_of(lab, path)
+        found.chmod(0o644)
+        found.write_bytes(b"")
+        (lab.clone / path).unlink()
+        os.link(found, lab.clone / path)
+
+
+def removed(*paths: str) -> Callable[[Lab], None]:
+    """Files or folders are gone."""
+    return partial(_removed, paths=paths)
+
+
+def _removed(lab: Lab, paths: tuple[str, ...]) -> None:
+    lab.begin("finished")
+    for path in paths:
+        target = lab.clone / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def checkpoint(change: Callable[[bytes], bytes]) -> Callable[[Lab], None]:
+    """Training is killed, and its checkpoint damaged."""
+    return partial(_checkpoint, change=change)
+
+
+def _checkpoint(lab: Lab, change: Callable[[bytes], bytes]) -> None:
+    lab.begin("downloaded")
+    running = lab.start("dvc", "repro", "train")
+    lab.wait_for_epoch(3)
+    running.signal("SIGKILL")
+    lab.wait_for_quiet()
+    [file] = lab.clone.glob("checkpoints/*/last.ckpt")
+    file.write_bytes(change(file.read_bytes()))
+    lab.next_says = ("training starts again from its first epoch",)
+
+
+def halved(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def emptied(content: bytes) -> bytes:
+    return b""
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit in the middle, among the weights."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def replaced_by_pickle(content: bytes) -> bytes:
+    """A pickle that would run a command when it is loaded."""
+    return b"cos\nsystem\n(S'touch owned'\ntR."
+
+
+def checkpoint_with_code(lab: Lab) -> None:
+    _checkpoint(lab, replaced_by_pickle)
+    lab.repro()
+    assert not list(lab.clone.rglob("owned"))
+
+
+def lock_file(content: str) -> Callable[[Lab], None]:
+    """dvc.lock is not what DVC wrote: DVC refuses to work, `make run` says what to do."""
+    return partial(_lock_file, content=content)
+
+
+def _lock_file(lab: Lab, content: str) -> None:
+    lab.begin("finished")
+    lock = lab.clone / "dvc.lock"
+    text = lock.read_text()
+    lock.write_text(content.format(text=text, half=text[: len(text) // 2]))
+    lab.fail()
+    assert "`git checkout -- dvc.lock` brings back" in lab.remedies()
+    lab.run("git", "checkout", "HEAD", "--", "dvc.lock").succeeded()
+
+
+def rwlock(content: str) -> Callable[[Lab], None]:
+    """DVC's note of who reads and writes is damaged, or names a process of our days: DVC refuses to work."""
+    return partial(_rwlock, content=content)
+
+
+def _rwlock(lab: Lab, content: str) -> None:
+    lab.begin("downloaded")
+    note = lab.clone / ".dvc/tmp/rwlock"
+    note.write_text(content.replace("PID", str(os.getpid())).replace("CLONE", str(lab.clone)))
+    lab.fail("train")
+    assert "rm .dvc/tmp/rwlock" in lab.remedies()
+    note.unlink()
+
+
+def stale_rwlock(lab: Lab) -> None:
+    """The note names a process that is gone: DVC sees that itself."""
+    lab.begin("downloaded")
+    content = '{"CLONE/models/vae.safetensors": {"write": {"pid": 4194303, "cmd": "dvc repro"}}}'
+    (lab.clone / ".dvc/tmp/rwlock").write_text(content.replace("CLONE", str(lab.clone)))
+
+
+def params_cut(lab: Lab) -> None:
+    lab.begin("finished")
+    params = lab.clone / "params.yaml"
+    text = params.read_text()
+    params.write_text(text[: text.index("evaluate:") + 20])
+    lab.fail()
+    lab.run("git", "checkout", "--", "params.yaml").succeeded()
+
+
+def scratch_left(lab: Lab) -> None:
+    """Scratch folders of a process that was killed, and a number that another process has by now."""
+    lab.begin("downloaded")
+    for folder in ("models", "plots", "metrics"):
+        left = lab.clone / folder / ".writing-4194303-abc"
+        left.mkdir(parents=True)
+        (left / "half").write_bytes(b"half")
