@@ -80,6 +80,7 @@ def test_a_deleted_run_is_not_found_and_not_active(store, run_id, request):
     assert store.find_run(FINGERPRINT, request.node.name) is None
     assert store.active_run(run_id) is None
     assert store.active_run("0" * 32) is None
+    assert store.active_run("no id") is None
 
 
 def test_a_run_belongs_to_the_experiment_and_runs_until_it_is_ended(store, run_id):
@@ -490,12 +491,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_locked_database_is_called_locked(fresh, monkeypatch):
-    monkeypatch.setattr(module, "QUIET_S", 0.5)
+    monkeypatch.setattr(module, "BUSY_S", 0.1)
+    store = Store(fresh)
+    store.check()
     other = sqlite3.connect(fresh / DATABASE, isolation_level=None)
     other.execute("begin exclusive")
     try:
         with pytest.raises(UserError, match="does not open: database is locked"):
             Store(fresh)
+        with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+            store.check()
     finally:
         other.rollback()
         other.close()

@@ -38,7 +38,8 @@ PROCESSES = {"train": "elsewhere boot 1 1", "evaluate": "elsewhere boot 2 2", "r
 def clean_environment(**changes: str) -> dict[str, str]:
     """The environment of a program that a test starts: this code, and no store but the workspace's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTEST_"))}
-    return kept | {"PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}"} | changes
+    paths = os.pathsep.join(map(str, (REPOSITORY / "src", REPOSITORY)))
+    return kept | {"PYTHONPATH": paths, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | changes
 
 
 def start(program: str, *arguments: object, **changes: str) -> subprocess.Popen[str]:

@@ -141,7 +141,7 @@ def _rwlock(lab: Lab, content: str) -> None:
 def stale_rwlock(lab: Lab) -> None:
     """The note names a process that is gone: DVC sees that itself."""
     lab.begin("downloaded")
-    content = '{"CLONE/models/vae.safetensors": {"write": {"pid": 4194303, "cmd": "dvc repro"}}}'
+    content = '{"write": {"CLONE/models/vae.safetensors": {"pid": 4194303, "cmd": "dvc repro"}}, "read": {}}'
     (lab.clone / ".dvc/tmp/rwlock").write_text(content.replace("CLONE", str(lab.clone)))
 
 

@@ -138,7 +138,7 @@ FAULTS = [
     F("lock empty", damage.lock_file("")),
     F("lock conflict", damage.lock_file("<<<<<<< HEAD\n{text}=======\n{text}>>>>>>> other\n")),
     F("rwlock empty", damage.rwlock("")),
-    F("rwlock recycled", damage.rwlock('{"CLONE/models/vae.safetensors": {"write": {"pid": PID, "cmd": "dvc repro"}}}')),
+    F("rwlock recycled", damage.rwlock('{"write": {"CLONE/models/vae.safetensors": {"pid": PID, "cmd": "dvc repro"}}, "read": {}}')),
     F("rwlock stale", damage.stale_rwlock),
     F("scratch left", damage.scratch_left),
     F("diverges", trainings.diverges),

@@ -187,6 +187,14 @@ class Journal:
                 except ValidationError:
                     continue
 
+    def is_behind_a_line(self, offset: int) -> bool:
+        """Whether an offset is one that ``read`` could have given."""
+        if offset == 0:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(max(offset, 1) - 1)
+            return file.read(1) == b"\n"
+
     def keep(self, file: Path) -> str:
         """Copy a file into the payload; its name there."""
         return self.keep_bytes(file.name, file.read_bytes())

@@ -18,11 +18,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field
 
 from mnist_vae.files import write_json
 from mnist_vae.tracking.journal import (
@@ -41,7 +41,7 @@ from mnist_vae.tracking.journal import (
     journals,
 )
 from mnist_vae.tracking.process import is_gone
-from mnist_vae.tracking.store import DATABASE, Store, first_line, redact
+from mnist_vae.tracking.store import Store, database_of, first_line, redact
 
 POLL_S = 0.1
 PAUSES_S = (0.5, 1, 2, 5)  # before a store that failed is asked again; the last one from then on
@@ -51,13 +51,12 @@ SYSTEM_METRICS_S = 2  # between two samples of what the machine does
 GONE = "its process ended without a word"
 
 
-@dataclass
-class Sent:
+class Sent(BaseModel):
     """How far a store has received a journal."""
 
     store: str  # its identity: one that was made anew has received nothing
-    offset: int = 0
-    runs: dict[str, str] = field(default_factory=dict)  # id by place
+    offset: int = Field(default=0, ge=0)
+    runs: dict[str, str] = {}  # id by place
 
 
 class Delivery:
@@ -68,7 +67,7 @@ class Delivery:
         self.lock = FileLock(journal.folder / "sender.lock")
         name = hashlib.sha256(redact(store.uri).encode()).hexdigest()[:8]
         self.path = journal.folder / f"sent-{name}.json"
-        self.sent = Sent(store.identity)
+        self.sent = Sent(store=store.identity)
         self.champion: bool | None = None
         self._seen: dict[str, set[tuple[str, int]]] = {}  # name and step of metrics, by run
 
@@ -81,17 +80,18 @@ class Delivery:
         """
         if not self.pending():
             return
+        self.store.check()
         with self.lock.acquire(timeout=patience):
             self.sent = self._read_sent()
             records = list(self.journal.read(self.sent.offset))
             if self._is_run_gone({MAIN, *(record.place for record, _ in records)}):
                 print(f"{self.journal.fingerprint}: its run is gone, all is sent again", file=sys.stderr)
-                self.sent, self._seen = Sent(self.store.identity), {}
+                self.sent, self._seen = Sent(store=self.store.identity), {}
                 records = list(self.journal.read())
             for batch, offset in _batches(records):
                 self._send(batch)
                 self.sent.offset = offset
-                write_json(self.path, asdict(self.sent))
+                write_json(self.path, self.sent.model_dump())
 
     def pending(self) -> int:
         """Records that the store has not received."""
@@ -99,11 +99,12 @@ class Delivery:
 
     def _read_sent(self) -> Sent:
         try:
-            content = json.loads(self.path.read_text())
-            sent = Sent(str(content["store"]), int(content["offset"]), dict(content["runs"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            sent = Sent("")
-        return sent if sent.store == self.store.identity else Sent(self.store.identity)
+            sent = Sent.model_validate_json(self.path.read_bytes())
+            if sent.store == self.store.identity and self.journal.is_behind_a_line(sent.offset):
+                return sent
+        except (OSError, ValueError):
+            pass
+        return Sent(store=self.store.identity)
 
     def _is_run_gone(self, places: set[str]) -> bool:
         """Whether a run of these places was deleted meanwhile."""
@@ -124,7 +125,8 @@ class Delivery:
             case Trained():
                 self.store.log_dataset(run_id, record.about)
             case End():
-                self._end(run_id, record)
+                for run in {run_id, self._run(MAIN, record.at)}:
+                    self._end(run, record.at)
             case _ if file is None:  # no reason to send nothing more
                 print(f"{record.payload} is missing or damaged in {self.journal.folder}", file=sys.stderr)
             case Image():
@@ -163,23 +165,26 @@ class Delivery:
             self.store.set_tags(run_id, {"process": record.process})
             self.store.client.update_run(run_id, status="RUNNING")
 
-    def _end(self, run_id: str, record: End) -> None:
-        """A run has finished when the last process of each of its stages has, and failed where one of them has."""
-        last: dict[str, str] = {}  # process by place
+    def _end(self, run_id: str, at: int) -> None:
+        """A run has finished when the last process of each of its stages has, and failed where one of them has.
+
+        Where a stage of the training's run failed, and has succeeded since with another key, that is no failure.
+        """
+        last: dict[str, str] = {}  # process by stage
         ends: dict[str, End] = {}  # by process
-        for other, _ in self.journal.read():
-            if isinstance(other, Begin | End) and self.sent.runs.get(other.place) == run_id:
-                if isinstance(other, Begin):
-                    last[other.place] = other.process
-                else:
-                    last.setdefault(other.place, other.process)
-                    ends[other.process] = other
-        if last[record.place] not in ends:  # the stage was killed, and another process is at it
-            return
-        over = [ends[process] for process in last.values() if process in ends]
-        bad = [end for end in over if end.status != "FINISHED"]
-        reason = "; ".join(f"{end.stage}: {end.reason or end.status}" for end in bad)
-        self.store.end_run(run_id, bad[-1].status if bad else "FINISHED", reason, record.at)
+        for record, _ in self.journal.read():
+            is_here = self.sent.runs.get(record.place) == run_id
+            if isinstance(record, Begin) and is_here:
+                last[record.stage] = record.process
+            elif isinstance(record, End) and is_here:
+                last.setdefault(record.stage, record.process)
+                ends[record.process] = record
+            elif isinstance(record, End) and run_id == self.sent.runs[MAIN] and record.status == "FINISHED":
+                ends[last.get(record.stage, "")] = record
+        if ends.keys() >= set(last.values()):  # else a stage was killed, and another process is at it
+            bad = [ends[process] for process in last.values() if ends[process].status != "FINISHED"]
+            reason = "; ".join(f"{end.stage}: {end.reason or end.status}" for end in bad)
+            self.store.end_run(run_id, bad[-1].status if bad else "FINISHED", reason, at)
 
     def _run(self, place: str, at: int) -> str:
         """The run of a place.
@@ -274,7 +279,7 @@ class Sender:
 
         MLflow keeps a deleted file open for as long as its process lives.
         """
-        found = _database_id(self.workspace)
+        found = _file_id(database_of(self.workspace))
         if self.database not in (None, found):
             arguments = [str(self.workspace), self.stage, self.process, *self.followed]
             os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *arguments])
@@ -282,7 +287,7 @@ class Sender:
             try:
                 self.store = Store(self.workspace)
             finally:
-                self.database = _database_id(self.workspace)
+                self.database = _file_id(database_of(self.workspace))
             if self.stage == "evaluate":  # load what registering needs while the stage works
                 from mnist_vae.tracking import registry  # noqa: F401
         return self.store
@@ -364,12 +369,11 @@ def _killed(begin: Begin) -> End:
     return End(place=begin.place, stage=begin.stage, process=begin.process, status="KILLED", reason=GONE)
 
 
-def _database_id(workspace: Path) -> tuple[int, int] | None:
-    """What tells the database from one that was made later under the same name."""
-    try:
-        found = (workspace / DATABASE).stat()
-    except OSError:
+def _file_id(path: Path | None) -> tuple[int, int] | None:
+    """What tells a file from one that was made later under the same name; None where there is none."""
+    if path is None or not path.exists():
         return None
+    found = path.stat()
     return found.st_dev, found.st_ino
 
 

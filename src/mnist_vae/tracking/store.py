@@ -36,7 +36,8 @@ EXPERIMENT = "mnist-vae"
 DATABASE = "mlflow.db"
 SCRATCH = f".{DATABASE}-*"  # one that is being made
 LOCK_TIMEOUT_S = 60
-QUIET_S = 10  # without a change of a half-made database: nobody is making it
+QUIET_S = 5  # without a change of a half-made database: nobody is making it
+BUSY_S = 2  # for a database that another program has locked; MLflow would wait for 20 s at each call
 BATCH = 1_000  # metrics; MLflow's limit
 
 
@@ -51,6 +52,7 @@ class Store:
         """
         self.workspace, self.uri = workspace, tracking_uri(workspace)
         given = os.environ.get("MLFLOW_TRACKING_URI")
+        self.database = database_of(workspace)
         try:
             if not given:
                 _make_database(workspace)
@@ -75,6 +77,16 @@ class Store:
             f"{experiment.experiment_id} {experiment.creation_time}"  # a store that is made anew has another
         )
 
+    def check(self) -> None:
+        """See that the database can be written at this moment.
+
+        Raises:
+            sqlite3.Error: it is locked, read-only, or damaged.
+        """
+        if self.database is not None and self.database.is_file():
+            with contextlib.closing(_connect(self.database)) as connection:
+                connection.execute("begin immediate")
+
     def find_run(self, fingerprint: str, place: str) -> StoredRun | None:
         """The run of a training's place, None where the store has none."""
         tags = f"tags.fingerprint = '{fingerprint}' and tags.place = '{place}'"
@@ -88,7 +100,7 @@ class Store:
         try:
             run = self.client.get_run(run_id)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # or no id at all
                 raise
             return None
         return run if run.info.lifecycle_stage == "active" else None
@@ -185,6 +197,14 @@ def tracking_uri(workspace: Path) -> str:
     return given or f"sqlite:///{DATABASE if Path.cwd() == workspace else workspace / DATABASE}"
 
 
+def database_of(workspace: Path) -> Path | None:
+    """The file that the store is, None if it is a server or a folder."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        return workspace / DATABASE
+    return Path(given.removeprefix("sqlite:///")) if given.startswith("sqlite:///") else None
+
+
 def redact(text: str) -> str:
     """``text`` without the password in MLFLOW_TRACKING_URI, as it stands there or decoded."""
     for uri in (os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("MLFLOW_REGISTRY_URI", "")):
@@ -250,33 +270,30 @@ def _wait_until_made(database: Path) -> None:
     """Wait for another program, as `mlflow ui`, that is making the database at this moment."""
     before: list[tuple[int, int]] = []
     deadline = 0.0
-    while (reason := _unfinished(database)) is not None:
+    while _is_unfinished(database):
         files = [found.stat() for found in database.parent.glob(f"{DATABASE}*")]
         now = [(file.st_size, file.st_mtime_ns) for file in files]
         if now != before:
             before, deadline = now, time.monotonic() + QUIET_S
         elif time.monotonic() > deadline:
-            raise TimeoutError(reason)
+            raise TimeoutError("it was never finished")
         time.sleep(0.2)
 
 
-def _unfinished(database: Path) -> str | None:
-    """Why MLflow could not read a database at this moment; None if it could.
-
-    Opened for writing, so that SQLite takes back what a process that was killed did not finish.
-    """
-    connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=1)
+def _is_unfinished(database: Path) -> bool:
+    """Whether a database lacks what MLflow writes last when it makes one."""
     try:
-        made = connection.execute("select count(*) from experiments").fetchone()[0]
+        with contextlib.closing(_connect(database)) as connection:
+            return not connection.execute("select count(*) from experiments").fetchone()[0]
     except sqlite3.OperationalError as error:
-        if "locked" in str(error):
-            return str(error)
         if "no such table" not in str(error):
             raise
-        made = 0
-    finally:
-        connection.close()
-    return None if made else "it was never finished"
+        return True
+
+
+def _connect(database: Path) -> sqlite3.Connection:
+    """Open a database for writing, so that SQLite takes back what a process that was killed did not finish."""
+    return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_S, isolation_level=None)
 
 
 def _experiment(client: MlflowClient, workspace: Path, uri: str) -> Experiment:
