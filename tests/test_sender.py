@@ -792,8 +792,12 @@ def test_a_child_that_a_killed_stage_leaves_does_not_keep_its_sender(workspace):
 
 
 def test_ctrl_c_ends_the_stage_and_its_sender_still_tells_of_it(workspace):
-    program = f"""{STAGE}
+    program = """
+from mnist_vae.tracking.session import Session
+session = Session(workspace, "train")
 try:
+    session.begin("0123456789abcdef", "", "train", {}, {})
+    print(session._sender.pid, flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
     session.end("KILLED", "Ctrl-C", wait=120)

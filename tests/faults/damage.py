@@ -77,7 +77,7 @@ def _checkpoint(lab: Lab, change: Callable[[bytes], bytes]) -> None:
     lab.begin("downloaded")
     running = lab.start("dvc", "repro", "train")
     lab.wait_for_epoch(3)
-    running.signal("SIGKILL")
+    running.end()
     lab.wait_for_quiet()
     [file] = lab.clone.glob("checkpoints/*/last.ckpt")
     file.write_bytes(change(file.read_bytes()))

@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
-from tests.faults.lab import EPOCHS, Lab, State, with_suppressed
+import psutil
+
+from tests.faults.lab import EPOCHS, Lab, State
 from tests.faults.oracle import assert_outputs_equal, assert_trained
 
 Victim = Literal["stage", "sender", "dvc", "group"]
@@ -74,9 +77,9 @@ def _killed_at_random(lab: Lab, command: tuple[str, ...], victim: Victim) -> boo
         return False
     match victim:
         case "stage":
-            with_suppressed(stage.kill)
+            kill(stage)
         case "sender":
-            lab.sender_of("train").kill()
+            kill(lab.sender_of("train"))
         case "dvc":
             running.process.kill()
         case "group":
@@ -86,15 +89,21 @@ def _killed_at_random(lab: Lab, command: tuple[str, ...], victim: Victim) -> boo
     return True
 
 
+def kill(process: psutil.Process) -> None:
+    """Kill a process that may be gone already."""
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
 # asked to end
 
 
-def asked_to_end(signal: str) -> Callable[[Lab], None]:
+def asked_to_end(signal: str, reason: str) -> Callable[[Lab], None]:
     """Send a signal to dvc and its stage during the third epoch, as a terminal or a shutdown does."""
-    return partial(_asked_to_end, signal=signal)
+    return partial(_asked_to_end, signal=signal, reason=reason)
 
 
-def _asked_to_end(lab: Lab, signal: str) -> None:
+def _asked_to_end(lab: Lab, signal: str, reason: str) -> None:
     lab.begin("downloaded")
     running = lab.start("dvc", "repro")
     lab.wait_for_epoch(2)
@@ -102,7 +111,7 @@ def _asked_to_end(lab: Lab, signal: str) -> None:
     running.wait(GRACE_S)
     lab.wait_for_quiet(GRACE_S)
     assert lab.sql("SELECT status FROM runs") == [("KILLED",)]
-    assert lab.sql("SELECT value FROM tags WHERE key = 'reason'") == [(f"train: {signal}",)]
+    assert lab.sql("SELECT value FROM tags WHERE key = 'reason'") == [(f"train: {reason}",)]
     lab.next_says = ("resuming after epoch",)
 
 

@@ -13,8 +13,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ OFFLINE = {"MNIST_MIRROR": "", "http_proxy": NOBODY, "https_proxy": NOBODY, "no_
 
 
 def make_states(folder: Path) -> Path:
-    """The undisturbed run in ``folder``, with a copy of it as it was at the beginning, after download, after train and at its end."""
+    """The undisturbed run in ``folder``: copies of the clone at its start, after download, after train and at its end."""
     clone = clone_working_tree(folder / "fresh")
     run(clone, "git", "config", "maintenance.auto", "false")  # it would change a clone while that is copied
     with (clone / ".git/info/exclude").open("a") as file:
@@ -144,7 +144,8 @@ class Lab:
 
     def kill_all(self) -> None:
         for process in self.processes():
-            with_suppressed(process.kill)
+            with suppress(psutil.Error):
+                process.kill()
 
     def process_of(self, stage: str, timeout: float = 60) -> psutil.Process:
         """The process of a stage, once it is there."""
@@ -180,7 +181,8 @@ class Lab:
         found = []
         for path in self.clone.glob("journal/*/records.jsonl"):
             for line in path.read_bytes().splitlines():
-                with_suppressed(lambda line=line: found.append(json.loads(line)))
+                with suppress(ValueError):
+                    found.append(json.loads(line))
         return found
 
     def wait_for_epoch(self, epoch: int) -> None:
@@ -199,6 +201,12 @@ class Lab:
         """The rows that a statement finds in the store's database."""
         with closing(sqlite3.connect(self.store(), timeout=30)) as store, store:
             return store.execute(statement, values).fetchall()
+
+
+def heed_signals() -> None:
+    """Undo what tests that run in the background inherit, which is to ignore Ctrl-C."""
+    for name in ("SIGINT", "SIGHUP", "SIGQUIT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 class Said:
@@ -237,6 +245,7 @@ class Command:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=heed_signals,  # noqa: PLW1509
             )
 
     def wait(self, timeout: float = 300) -> Said:
@@ -248,10 +257,12 @@ class Command:
 
     def signal(self, name: str) -> None:
         """Send a signal to the whole process group, as a terminal does."""
-        os.killpg(self.process.pid, getattr(signal, name))
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, getattr(signal, name))
 
     def end(self) -> None:
-        with_suppressed(lambda: self.signal("SIGKILL"))
+        """Kill the whole process group."""
+        self.signal("SIGKILL")
         self.process.wait()
 
 
@@ -273,28 +284,9 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def with_suppressed(action: Callable[[], Any]) -> None:
-    """Do it, unless it is done already."""
-    try:
-        action()
-    except (psutil.Error, OSError, ValueError):
-        pass
-
-
 def needs(*programs: str) -> None:
     """Skip where this is not Linux, the user not root, or a program is not there."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("needs root on Linux")
     if missing := [program for program in programs if shutil.which(program) is None]:
         pytest.skip(f"needs {', '.join(missing)}")
-
-
-@contextmanager
-def changed(path: Path, content: bytes) -> Iterator[None]:
-    """A file with another content for a while."""
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(before)

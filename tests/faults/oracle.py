@@ -67,9 +67,9 @@ def assert_cache_whole(clone: Path) -> None:
 def assert_no_scratch(clone: Path) -> None:
     """Nothing half-made lies around, and there is nothing to resume."""
     left = [path for pattern in SCRATCH for path in clone.rglob(pattern) if path.name != "tmp"]  # .dvc/tmp is DVC's
-    left += [path for path in clone.glob("journal/*/payload/*/.*")]
+    left += list(clone.glob("journal/*/payload/*/.*"))
+    left += list(clone.glob(f"checkpoints/{fingerprint_of(clone)}*"))
     assert left == []
-    assert list((clone / "checkpoints").glob("**/*")) == []
 
 
 def assert_git_clean(lab: Lab) -> None:
@@ -112,7 +112,8 @@ def assert_champions_agree(store: sqlite3.Connection, run_id: str) -> None:
         f"SELECT name, run_id FROM registered_model_aliases AS alias JOIN {versions} AND alias = 'champion'"
     ).fetchall()
     assert sorted(champions) == [("mnist-vae-decoder", run_id), ("mnist-vae-encoder", run_id)]
-    models = store.execute("SELECT name, status FROM logged_models WHERE lifecycle_stage = 'active'").fetchall()
+    of_run = "source_run_id = ? AND lifecycle_stage = 'active'"
+    models = store.execute(f"SELECT name, status FROM logged_models WHERE {of_run}", [run_id]).fetchall()
     assert sorted(models) == [("decoder", READY), ("encoder", READY)]
 
 

@@ -24,6 +24,7 @@ MODULE = "mnist_vae.training.module:VAETraining"
 CHECKPOINTS = "mnist_vae.training.checkpoints:AtomicCheckpointIO"
 SESSION = "mnist_vae.tracking.session:Session"
 CLIENT = "mlflow.tracking.client:MlflowClient"
+GONE = "its process ended without a word"
 HTML = send(200, b"<html>Please log in</html>", Content_Type="text/html")
 
 FAULTS = [
@@ -42,7 +43,7 @@ FAULTS = [
     F("kill between losses and metrics", kills.in_epoch("train", "mnist_vae.files:write_csv", after=True)),
     F("kill after ckpt gone", kills.at("train", "shutil:rmtree", given="checkpoints", after=True)),
     F("kill before end", kills.at("train", f"{SESSION}.end")),
-    F("kill dvc before lock", kills.at_dvc("train", "dvc.dvcfile:Lockfile.dump")),
+    F("kill dvc before lock", kills.at_dvc("train", "dvc.dvcfile:Lockfile.dump_stages")),
     F("kill dvc before commit", kills.at_dvc("train", "dvc.stage:Stage.commit")),
     F("kill download", kills.at("download", "mnist_vae.files:write_json")),
     F("kill evaluate numbers", kills.at("evaluate", "mnist_vae.files:write_text")),
@@ -52,10 +53,10 @@ FAULTS = [
     F("kill reg artifacts", kills.at("evaluate", f"{CLIENT}.log_model_artifacts", after=True)),
     F("kill reg version", kills.at("evaluate", f"{CLIENT}.create_model_version", after=True)),
     F("kill reg alias", kills.at("evaluate", f"{CLIENT}.set_registered_model_alias", after=True)),
-    F("SIGTERM", kills.asked_to_end("SIGTERM")),
-    F("SIGHUP", kills.asked_to_end("SIGHUP")),
-    F("SIGINT", kills.asked_to_end("SIGINT")),
-    F("SIGQUIT", kills.asked_to_end("SIGQUIT")),
+    F("SIGTERM", kills.asked_to_end("SIGTERM", "SIGTERM")),
+    F("SIGHUP", kills.asked_to_end("SIGHUP", "SIGHUP")),
+    F("SIGINT", kills.asked_to_end("SIGINT", "SIGINT")),
+    F("SIGQUIT", kills.asked_to_end("SIGQUIT", GONE)),
     F("nth rename", disks.nth("rename,renameat,renameat2", "signal=KILL", 99)),
     F("nth fsync", disks.nth("fsync", "signal=KILL", 12)),
     F("nth ENOSPC fsync", disks.nth("fsync", "error=ENOSPC", 12)),

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 
 import requests
@@ -206,7 +206,7 @@ def half_a_line(lab: Lab) -> None:
     lab.begin("downloaded")
     running = lab.start("dvc", "repro", "train", env=lab.rules(SLOW))
     lab.wait_for_epoch(2)
-    running.signal("SIGKILL")
+    running.end()
     lab.wait_for_quiet()
     [journal] = lab.clone.glob("journal/*/records.jsonl")
     line = journal.read_bytes().splitlines()[-2]
@@ -293,10 +293,8 @@ class Proxy:
     def drop(self) -> None:
         """Break off every connection."""
         for connection in self.connections:
-            try:
+            with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
         self.connections.clear()
 
     def accept(self) -> None:
@@ -329,10 +327,8 @@ class Proxy:
         except OSError:
             pass
         for end in (one, other):
-            try:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 def is_healthy(port: int) -> bool:
