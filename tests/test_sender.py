@@ -20,9 +20,10 @@ import numpy as np
 import psutil
 import pytest
 
+from mnist_vae.tracking.delivery import Delivery
 from mnist_vae.tracking.journal import Journal, Metrics, Models
 from mnist_vae.tracking.process import process_name
-from mnist_vae.tracking.sender import Delivery, send_left_behind, sync
+from mnist_vae.tracking.sender import send_left_behind, sync
 from mnist_vae.tracking.session import Session
 from mnist_vae.tracking.store import DATABASE, EXPERIMENT, Store
 from tests.tracking import (

@@ -155,7 +155,7 @@ def killed_while_sending(lab: Lab) -> None:
     unsent(lab)
     lab.sync(env=lab.rules({"at": "mnist_vae.files:write_json", "given": "sent-", "call": 2, "do": "SIGKILL"})).failed()
     attempts = 0
-    rule = {"at": "mnist_vae.tracking.sender:write_json", "given": "sent-", "call": 2, "do": "SIGKILL"}
+    rule = {"at": "mnist_vae.tracking.delivery:write_json", "given": "sent-", "call": 2, "do": "SIGKILL"}
     while lab.sync(env=lab.rules(rule)).status != 0:
         lab.assert_interfered()
         attempts += 1

@@ -4,7 +4,7 @@ One folder per training, named by its fingerprint:
 
     records.jsonl    one record per line, in order, only ever appended to, flushed to the disk
     payload/         the files that records speak of, each in a folder named by its content
-    sent-….json      how far a tracking store has received it, one file per store (see sender.py)
+    sent-….json      how far a tracking store has received it, one file per store (see delivery.py)
 
 A record belongs to a place: ``main`` for the training itself, one more for each stage with each key (its parameters
 and code). A stage that runs again with another key writes to another place, so nothing is ever overwritten.

@@ -9,7 +9,6 @@ sender goes on where this one was killed; what is sent twice changes nothing. A 
 is asked again, later and less often.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -21,27 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, Field
+from filelock import Timeout
 
-from mnist_vae.files import write_json
-from mnist_vae.tracking.journal import (
-    MAIN,
-    AnyRecord,
-    Begin,
-    Description,
-    End,
-    File,
-    Image,
-    Journal,
-    Metrics,
-    Models,
-    Tags,
-    Trained,
-    journals,
-)
+from mnist_vae.tracking.delivery import Delivery
+from mnist_vae.tracking.journal import MAIN, Begin, End, Journal, journals
 from mnist_vae.tracking.process import is_gone
-from mnist_vae.tracking.store import Store, database_of, first_line, redact
+from mnist_vae.tracking.store import Store, database_of, first_line
 
 POLL_S = 0.1
 PAUSES_S = (0.5, 1, 2, 5)  # before a store that failed is asked again; the last one from then on
@@ -49,177 +33,6 @@ LAST_S = 10  # when the stage is over: for another process that is sending, and 
 LEAVE_S = 60  # when the stage is over, whatever a server does
 SYSTEM_METRICS_S = 2  # between two samples of what the machine does
 GONE = "its process ended without a word"
-
-
-class Sent(BaseModel):
-    """How far a store has received a journal."""
-
-    store: str  # its identity: one that was made anew has received nothing
-    offset: int = Field(default=0, ge=0)
-    runs: dict[str, str] = {}  # id by place
-
-
-class Delivery:
-    """One journal on its way to one store."""
-
-    def __init__(self, store: Store, journal: Journal) -> None:
-        self.store, self.journal = store, journal
-        self.lock = FileLock(journal.folder / "sender.lock")
-        name = hashlib.sha256(redact(store.uri).encode()).hexdigest()[:8]
-        self.path = journal.folder / f"sent-{name}.json"
-        self.sent = Sent(store=store.identity)
-        self.champion: bool | None = None
-        self._seen: dict[str, set[tuple[str, int]]] = {}  # name and step of metrics, by run
-
-    def send(self, patience: float = 0) -> None:
-        """Send what has come since the last time; one sender at a time, others wait for it with this patience (s).
-
-        Raises:
-            Timeout: another sender is at it.
-            Exception: whatever MLflow raises; what was sent before it is remembered.
-        """
-        if not self.pending():
-            return
-        self.store.check()
-        with self.lock.acquire(timeout=patience):
-            self.sent = self._read_sent()
-            records = list(self.journal.read(self.sent.offset))
-            if self._is_run_gone({MAIN, *(record.place for record, _ in records)}):
-                print(f"{self.journal.fingerprint}: its run is gone, all is sent again", file=sys.stderr)
-                self.sent, self._seen = Sent(store=self.store.identity), {}
-                records = list(self.journal.read())
-            for batch, offset in _batches(records):
-                self._send(batch)
-                self.sent.offset = offset
-                write_json(self.path, self.sent.model_dump())
-
-    def pending(self) -> int:
-        """Records that the store has not received."""
-        return sum(1 for _ in self.journal.read(self._read_sent().offset))
-
-    def _read_sent(self) -> Sent:
-        try:
-            sent = Sent.model_validate_json(self.path.read_bytes())
-            if sent.store == self.store.identity and self.journal.is_behind_a_line(sent.offset):
-                return sent
-        except (OSError, ValueError):
-            pass
-        return Sent(store=self.store.identity)
-
-    def _is_run_gone(self, places: set[str]) -> bool:
-        """Whether a run of these places was deleted meanwhile."""
-        runs = {run_id for place, run_id in self.sent.runs.items() if place in places}
-        return any(self.store.active_run(run_id) is None for run_id in runs)
-
-    def _send(self, records: list[AnyRecord]) -> None:
-        """Records of one place: metrics in any number, or one other."""
-        record, run_id = records[0], self._run(records[0].place, records[0].at)
-        file = self.journal.find_payload(record.payload) if hasattr(record, "payload") else None
-        match record:
-            case Metrics():
-                self._send_metrics(run_id, [one for one in records if isinstance(one, Metrics)])
-            case Begin():
-                self._begin(run_id, record)
-            case Tags():
-                self.store.set_tags(run_id, record.tags)
-            case Trained():
-                self.store.log_dataset(run_id, record.about)
-            case End():
-                for run in {run_id, self._run(MAIN, record.at)}:
-                    self._end(run, record.at)
-            case _ if file is None:  # no reason to send nothing more
-                print(f"{record.payload} is missing or damaged in {self.journal.folder}", file=sys.stderr)
-            case Image():
-                self.store.log_image(run_id, file, record.key, record.step, record.at)
-            case File():
-                self.store.client.log_artifact(run_id, str(file), record.folder)
-            case Description():
-                self.store.describe(run_id, record.text, file)
-            case Models():
-                from mnist_vae.tracking.registry import register_models  # which needs torch
-
-                main = self._run(MAIN, record.at)
-                self.champion = register_models(self.store, main, file, record.measured_on, record.nll)
-
-    def _send_metrics(self, run_id: str, records: list[Metrics]) -> None:
-        """Metrics that the run does not have; a clone's journal of the same training may have told them before."""
-        if run_id not in self._seen:
-            self._seen[run_id] = self.store.logged_metrics(run_id)
-        seen = self._seen[run_id]
-        points = [
-            (name, value, record.step, record.at)
-            for record in records
-            for name, value in record.values.items()
-            if (name, record.step) not in seen
-        ]
-        self.store.log_metrics(run_id, points)
-        seen.update((name, step) for name, _, step, _ in points)
-
-    def _begin(self, run_id: str, record: Begin) -> None:
-        """What a run is about, and who works at it; a later stage of the training's run adds its parameters only."""
-        self.store.log_params(run_id, record.params)
-        is_subject = record.place == MAIN or run_id != self.sent.runs[MAIN]
-        if is_subject:
-            self.store.set_tags(run_id, record.tags | {"mlflow.source.name": f"stages/{record.stage}.py"})
-        if is_subject or self.store.client.get_run(run_id).info.status == "RUNNING":
-            self.store.set_tags(run_id, {"process": record.process})
-            self.store.client.update_run(run_id, status="RUNNING")
-
-    def _end(self, run_id: str, at: int) -> None:
-        """A run has finished when the last process of each of its stages has, and failed where one of them has.
-
-        Where a stage of the training's run failed, and has succeeded since with another key, that is no failure.
-        """
-        last: dict[str, str] = {}  # process by stage
-        ends: dict[str, End] = {}  # by process
-        for record, _ in self.journal.read():
-            is_here = self.sent.runs.get(record.place) == run_id
-            if isinstance(record, Begin) and is_here:
-                last[record.stage] = record.process
-            elif isinstance(record, End) and is_here:
-                last.setdefault(record.stage, record.process)
-                ends[record.process] = record
-            elif isinstance(record, End) and run_id == self.sent.runs[MAIN] and record.status == "FINISHED":
-                ends[last.get(record.stage, "")] = record
-        if ends.keys() >= set(last.values()):  # else a stage was killed, and another process is at it
-            bad = [ends[process] for process in last.values() if ends[process].status != "FINISHED"]
-            reason = "; ".join(f"{end.stage}: {end.reason or end.status}" for end in bad)
-            self.store.end_run(run_id, bad[-1].status if bad else "FINISHED", reason, at)
-
-    def _run(self, place: str, at: int) -> str:
-        """The run of a place.
-
-        The training's run takes each stage's first key too; another key gets a child run. Which one was first, the
-        run itself knows: other clones may have told the store of the same training.
-        """
-        if place not in self.sent.runs:
-            main = "" if place == MAIN else self._run(MAIN, at)
-            begin = next((r for r, _ in self.journal.read() if isinstance(r, Begin) and r.place == place), None)
-            if main and begin and self.store.claim(main, f"{begin.stage}.key", begin.key):
-                self.sent.runs[place] = main
-            else:
-                name = begin.name if begin else f"training {self.journal.fingerprint}"
-                run = self.store.find_run(self.journal.fingerprint, place)
-                run = run or self.store.create_run(self.journal.fingerprint, place, name, begin.at if begin else at)
-                if main:
-                    self.store.set_tags(run.info.run_id, {"mlflow.parentRunId": main})
-                self.sent.runs[place] = run.info.run_id
-        return self.sent.runs[place]
-
-
-def _batches(records: Iterable[tuple[AnyRecord, int]]) -> Iterator[tuple[list[AnyRecord], int]]:
-    """Neighbouring metrics of one place together, all else one by one, each with the offset behind it."""
-    batch: list[AnyRecord] = []
-    end = 0
-    for record, offset in records:
-        joins = isinstance(record, Metrics) and batch and isinstance(batch[-1], Metrics)
-        if batch and not (joins and batch[-1].place == record.place):
-            yield batch, end
-            batch = []
-        batch.append(record)
-        end = offset
-    if batch:
-        yield batch, end
 
 
 class Sender:
@@ -402,7 +215,7 @@ def sync(workspace: Path) -> int:
 
 def main() -> None:
     workspace = Path(sys.argv[1]).resolve()
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # which may be relative, for a process that follows this one
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # for a process that follows this one
     os.chdir(workspace)
     if len(sys.argv) == 2:
         try:

@@ -1,6 +1,6 @@
 """A tracking store of MLflow: a database in the workspace, or the server that MLFLOW_TRACKING_URI names.
 
-This file, registry.py and sender.py are the only ones that know MLflow.
+This file, delivery.py, registry.py and sender.py are the only ones that know MLflow.
 """
 
 import contextlib
