@@ -69,11 +69,11 @@ def in_words(metrics: Metrics) -> str:
 def card(params: Params, dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> str:
     """The model card; it names neither the run nor the time, so equal results are equal bytes."""
     config, about = model.vae.config, dataset.about
-    sizes = [config.input_dim, config.hidden_dim, config.latent_dim]
+    sizes = [config.input_dim, *config.hidden_dims, config.latent_dim]
     facts = {
         "data": f"{dataset.title}: {about['train_images']:,} training and {about['test_images']:,} test images",
         "data, SHA-256": about["digest"],
-        "model": "-".join(map(str, [*sizes, *sizes[-2::-1]])),
+        "model": f"{'-'.join(map(str, [*sizes, *sizes[-2::-1]]))}, {config.activation}",
         "weights": f"{sum(weights.numel() for weights in model.vae.parameters()):,}",
         "model file, MD5": hashlib.md5(MODEL.read_bytes(), usedforsecurity=False).hexdigest(),
         "fingerprint of the training": model.fingerprint,

@@ -39,7 +39,8 @@ def main(session: Session) -> None:
     dataset = load_dataset(DATASET)
     binarize, seed = params.data.binarize, params.data.binarize_seed
     measured = binarize_dataset(dataset, binarize, seed)
-    config = VAEConfig(params.model.hidden_dim, params.model.latent_dim)
+    model = params.model
+    config = VAEConfig(tuple(model.hidden_dims), model.latent_dim, activation=model.activation)
     name = identity(params, dataset)
 
     recorded = params.flat("data", "model", "train")
@@ -120,7 +121,8 @@ def run_name(params: Params, dataset: Dataset) -> str:
     """DVC's name for the experiment where there is one, else the data set's, and what distinguishes the model."""
     model, train = params.model, params.train
     name = os.environ.get("DVC_EXP_NAME") or dataset.name
-    return f"{name} · z {model.latent_dim}, h {model.hidden_dim}, batch {train.batch_size}, {train.epochs} epochs"
+    hidden = "-".join(map(str, model.hidden_dims))
+    return f"{name} · z {model.latent_dim}, h {hidden}, batch {train.batch_size}, {train.epochs} epochs"
 
 
 def run_tags(params: Params, dataset: Dataset) -> dict[str, Any]:

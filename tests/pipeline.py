@@ -18,7 +18,7 @@ __all__ = ["TINY", "clone_working_tree", "commit", "environment", "run", "set_pa
 # The whole pipeline in under a minute: the embedded digits, a small model, few draws.
 TINY = {
     "data.dataset": "digits",
-    "model.hidden_dim": 16,
+    "model.hidden_dims": [16],
     "train.epochs": 1,
     "train.accelerator": "cpu",
     "evaluate.draws": 2,

@@ -40,7 +40,7 @@ def held_out(digits_dataset):
 
 def untrained(latent_dim=2):
     torch.manual_seed(0)
-    return VAE(VAEConfig(hidden_dim=16, latent_dim=latent_dim)).eval()
+    return VAE(VAEConfig(hidden_dims=(16,), latent_dim=latent_dim)).eval()
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def vae():
 
 def constant_decoder(logits):
     """A model whose decoder answers ``logits`` (784,) whatever z is."""
-    vae = VAE(VAEConfig(hidden_dim=16, latent_dim=2))
+    vae = VAE(VAEConfig(hidden_dims=(16,), latent_dim=2))
     torch.nn.init.zeros_(vae.decoder[2].weight)
     vae.decoder[2].bias.data.copy_(torch.as_tensor(logits))
     return vae
@@ -58,7 +58,7 @@ def constant_decoder(logits):
 
 def slope_decoder(slope):
     """A model with one latent dimension, in which every pixel's logit is slope · z."""
-    vae = VAE(VAEConfig(hidden_dim=2, latent_dim=1))
+    vae = VAE(VAEConfig(hidden_dims=(2,), latent_dim=1))
     vae.decoder[0].weight.data = torch.tensor([[1.0], [-1.0]])  # relu(z) and relu(−z)
     vae.decoder[0].bias.data.zero_()
     vae.decoder[2].weight.data = torch.tensor([[slope, -slope]]).expand(784, 2).clone()

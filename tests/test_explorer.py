@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from mnist_vae.model.vae import VAE, VAEConfig, negative_elbo, to_pixels
+from mnist_vae.model.vae import VAE, Activation, VAEConfig, negative_elbo, to_pixels
 from mnist_vae.pictures.explorer import explorer_html
 
 TAB10 = ["1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf"]
@@ -33,7 +34,7 @@ def digits() -> tuple[Tensor, np.ndarray]:
 def vae(digits: tuple[Tensor, np.ndarray]) -> VAE:
     """A model that knows its digits after a few seconds."""
     torch.manual_seed(1)
-    vae = VAE(VAEConfig(hidden_dim=64))
+    vae = VAE(VAEConfig(hidden_dims=(64,)))
     optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
     for _ in range(40):
         for x in digits[0][torch.randperm(len(digits[0]))].split(128):
@@ -54,15 +55,18 @@ def html(vae: VAE, codes: np.ndarray, digits: tuple[Tensor, np.ndarray]) -> str:
     return explorer_html(vae, codes, digits[1], dataset="digits (scikit-learn)")
 
 
-def untrained(latent_dim: int, hidden_dim: int = 32) -> VAE:
+def untrained(latent_dim: int, *hidden_dims: int, activation: Activation = "relu") -> VAE:
     torch.manual_seed(latent_dim)
-    return VAE(VAEConfig(hidden_dim, latent_dim))
+    vae = VAE(VAEConfig(hidden_dims or (32,), latent_dim, activation=activation))
+    for layer in vae.decoder[:-1:2]:
+        torch.nn.init.kaiming_normal_(layer.weight)  # so that pixels depend on z, and on what each layer does to it
+    return vae
 
 
-def random_page(latent_dim: int, hidden_dim: int = 32, images: int = 200, **options) -> str:
+def random_page(vae: VAE, images: int = 200, **options) -> str:
     rng = np.random.default_rng(1)
-    codes, labels = rng.normal(size=(images, latent_dim)), np.arange(images, dtype=np.uint8) % 10
-    return explorer_html(untrained(latent_dim, hidden_dim), codes, labels, **{"dataset": "noise", **options})
+    codes, labels = rng.normal(size=(images, vae.config.latent_dim)), np.arange(images, dtype=np.uint8) % 10
+    return explorer_html(vae, codes, labels, **{"dataset": "noise", **options})
 
 
 def carried(html: str) -> dict:
@@ -74,7 +78,8 @@ def unpack(text: str, dtype: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype)
 
 
-def decode(vae: VAE, *z: float) -> np.ndarray:
+def decode(vae: VAE, *z: float | list[float]) -> np.ndarray:
+    """One code, number by number, to its pixels (784,); several codes to (N, 784)."""
     with torch.no_grad():
         return to_pixels(vae.decode(torch.tensor(z, dtype=torch.float32))).numpy()
 
@@ -83,11 +88,11 @@ def decode(vae: VAE, *z: float) -> np.ndarray:
 
 
 def test_explorer_html_is_equal_for_equal_arguments():
-    assert random_page(2) == random_page(2)
+    assert random_page(untrained(2)) == random_page(untrained(2))
 
 
 def test_explorer_html_stays_below_three_megabytes():
-    assert len(random_page(20, hidden_dim=400, images=10_000).encode()) < 3_000_000
+    assert len(random_page(untrained(20, 400), images=10_000).encode()) < 3_000_000
 
 
 def test_explorer_html_refers_to_nothing_outside_itself(html: str):
@@ -95,20 +100,33 @@ def test_explorer_html_refers_to_nothing_outside_itself(html: str):
     assert re.findall(r'(?:src|href)=(?!"data:)|url\(|@import', html) == []
 
 
-def test_explorer_html_carries_weights_that_decode_as_torch_does(vae: VAE, html: str):
+def decoded_from(html: str, z: np.ndarray) -> np.ndarray:
+    """What the weights in a page make of codes (N, Z): pixels (N, 784)."""
     data = carried(html)
-    latent_dim, hidden_dim, input_dim = data["layers"]
-    sizes = [hidden_dim * latent_dim, hidden_dim, input_dim * hidden_dim, input_dim]
-    weights = unpack(data["weights"], "<f2").astype(np.float32)
-    w1, b1, w2, b2 = np.split(weights, np.cumsum(sizes)[:-1])
+    layers = list(pairwise(data["layers"]))
+    sizes = [size for inputs, outputs in layers for size in (outputs * inputs, outputs)]
+    parts = np.split(unpack(data["weights"], "<f2").astype(np.float32), np.cumsum(sizes))
+    activate = {"relu": lambda y: np.maximum(y, 0), "tanh": np.tanh}[data["activation"]]
+    y = z
+    for depth, (_, outputs) in enumerate(layers):
+        weight, bias = parts[2 * depth : 2 * depth + 2]
+        y = (activate(y) if depth else y) @ weight.reshape(outputs, -1).T + bias
+    return 1 / (1 + np.exp(-y))
 
-    z = np.stack(np.meshgrid(*2 * [np.linspace(-data["extent"], data["extent"], 41)]), axis=-1).reshape(-1, 2)
-    hidden = np.maximum(z @ w1.reshape(hidden_dim, -1).T + b1, 0)
-    pixels = 1 / (1 + np.exp(-(hidden @ w2.reshape(input_dim, -1).T + b2)))
 
-    with torch.no_grad():
-        expected = to_pixels(vae.decode(torch.from_numpy(z).float())).numpy()
-    assert np.abs(pixels - expected).max() < GRAY_LEVEL
+def test_explorer_html_carries_weights_that_decode_as_torch_does(vae: VAE, html: str):
+    axis = np.linspace(-carried(html)["extent"], carried(html)["extent"], 41)
+    z = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    assert np.abs(decoded_from(html, z) - decode(vae, *z.tolist())).max() < GRAY_LEVEL
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_explorer_html_carries_a_decoder_of_several_layers(activation: Activation):
+    vae = untrained(3, 20, 30, 40, activation=activation)
+    page = random_page(vae)
+    assert carried(page)["layers"] == [3, 40, 30, 20, 784]
+    z = np.random.default_rng(2).normal(size=(100, 3))
+    assert np.abs(decoded_from(page, z) - decode(vae, *z.tolist())).max() < GRAY_LEVEL
 
 
 def test_explorer_html_carries_each_image_as_a_dot_inside_the_plane(
@@ -128,7 +146,7 @@ def test_explorer_html_has_room_for_the_contours_of_the_prior():
 
 def test_explorer_html_puts_the_most_active_dimensions_first():
     nats = [0.1, 2.0, 0.3, 0.4, 3.0, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2]
-    data = carried(random_page(12, kld_per_dimension=nats))
+    data = carried(random_page(untrained(12), kld_per_dimension=nats))
     assert data["plane"] == [1, 4]
     assert data["sliders"] == [11, 10, 9, 8, 7, 6, 5, 3]  # at most eight: 2 and 0 rest
 
@@ -140,7 +158,7 @@ def test_explorer_html_ranks_dimensions_by_the_variance_of_the_codes_without_kld
 
 
 def test_explorer_html_shows_names_as_text_and_never_as_markup():
-    page = random_page(2, title="<b>{{data}}", dataset="</script>")
+    page = random_page(untrained(2), title="<b>{{data}}", dataset="</script>")
     assert "<title>&lt;b&gt;{{data}} · &lt;/script&gt;</title>" in page
     assert carried(page)["plane"] == [0, 1]
 
@@ -236,6 +254,18 @@ def test_explorer_page_draws_what_torch_decodes_under_the_pointer(
     expected = decode(vae, *current_z(page))
     assert np.abs(page.evaluate("explorer.pixels") - expected).max() < GRAY_LEVEL
     assert np.abs(displayed(page) - expected).max() < 1.5 * GRAY_LEVEL  # and the canvas rounds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_explorer_page_decodes_through_several_layers_as_torch_does(visit: Callable, activation: Activation):
+    vae = untrained(2, 20, 30, activation=activation)
+    page = visit(random_page(vae))
+    for z in [(0.0, 0.0), (1.5, -0.8), (-3.0, 2.0)]:
+        hover(page, *z)
+        expected = decode(vae, *current_z(page))
+        assert np.abs(page.evaluate("explorer.pixels") - expected).max() < GRAY_LEVEL
+    assert page.locator("#about").inner_text() == "200 test images, decoder 2-30-20-784"
 
 
 @pytest.mark.slow
@@ -388,7 +418,7 @@ def test_explorer_page_isolates_the_dots_of_a_digit_chosen_in_the_legend(visit: 
 
 @pytest.mark.slow
 def test_explorer_page_has_sliders_for_the_dimensions_beyond_the_plane(visit: Callable):
-    page = visit(random_page(5, kld_per_dimension=[0.5, 3.0, 0.1, 2.0, 1.0]))
+    page = visit(random_page(untrained(5), kld_per_dimension=[0.5, 3.0, 0.1, 2.0, 1.0]))
     sliders = page.get_by_role("slider")
     assert [label.split("0.00")[0].strip() for label in page.locator("#sliders label").all_inner_texts()] == [
         "z[4] 1.00 nats",
@@ -410,7 +440,7 @@ def test_explorer_page_has_sliders_for_the_dimensions_beyond_the_plane(visit: Ca
 
 @pytest.mark.slow
 def test_explorer_page_of_a_single_latent_dimension_is_a_line(visit: Callable):
-    page = visit(random_page(1))
+    page = visit(random_page(untrained(1)))
     assert colourful(page) > 100
     page.mouse.move(*position(page, 1.2))
     assert current_z(page) == pytest.approx([1.2], abs=0.02)
@@ -425,7 +455,7 @@ def test_explorer_page_of_a_single_latent_dimension_is_a_line(visit: Callable):
 @pytest.mark.slow
 @pytest.mark.parametrize("latent_dim", [1, 2, 20])
 def test_explorer_page_shows_digit_and_plane_on_a_phone_without_scrolling_sideways(visit: Callable, latent_dim: int):
-    page = visit(random_page(latent_dim), width=360, height=740, has_touch=True, is_mobile=True)
+    page = visit(random_page(untrained(latent_dim)), width=360, height=740, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     digit, plane = (page.locator(canvas).bounding_box() for canvas in ("#digit", "#plane"))
     assert digit["y"] + digit["height"] <= plane["y"]

@@ -84,7 +84,7 @@ def damaged(draw: st.DrawFn, content: bytes, changes: int = 3) -> bytes:
 
 
 numbers = st.none() | st.booleans() | st.integers() | st.floats() | st.integers(2**30, 2**70)
-texts = st.text(max_size=8) | st.sampled_from(["mnist", "digits", "F32", "mnist-vae/2", "\ud800", "\n"])
+texts = st.text(max_size=8) | st.sampled_from(["mnist", "digits", "F32", "mnist-vae/3", "\ud800", "\n"])
 json_values = st.recursive(
     numbers | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
@@ -209,7 +209,7 @@ def test_load_dataset_survives_headers_that_claim_anything(
 @pytest.fixture(scope="module")
 def model() -> SavedModel:
     torch.manual_seed(0)
-    return SavedModel(VAE(VAEConfig(hidden_dim=2, latent_dim=1, input_dim=4)), "digits", [1.5], "0123456789abcdef")
+    return SavedModel(VAE(VAEConfig(hidden_dims=(2,), latent_dim=1, input_dim=4)), "digits", [1.5], "0123456789abcdef")
 
 
 @pytest.fixture(scope="module")
@@ -286,8 +286,8 @@ def test_load_model_refuses_metadata_that_make_no_model_even_with_a_digest_that_
         "fingerprint": model.fingerprint,
     }
     size = st.integers(1, model_file.LARGEST)
-    sizes = st.builds(lambda hidden, inputs: about["config"] | {"hidden_dim": hidden, "input_dim": inputs}, size, size)
-    about |= data.draw(st.just({}) | sizes.map(lambda config: {"config": config}))
+    shapes = st.fixed_dictionaries({"hidden_dims": st.lists(size, max_size=9), "input_dim": size})
+    about |= data.draw(st.just({}) | shapes.map(lambda shape: {"config": about["config"] | shape}))
     about = data.draw(st.just(about) | other_entries(about))
     about["sha256"] = model_file._digest(about, weights)
     path = model_path.with_name("forged.safetensors")
@@ -307,7 +307,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("checkpoints")
     train = load_params(PARAMS).train.model_copy(update={"epochs": 2, "accelerator": "cpu"})
     images = np.random.default_rng(0).integers(0, 256, size=(20, 28, 28), dtype=np.uint8)
-    fit(images, VAEConfig(hidden_dim=2, latent_dim=1), train, checkpoints=folder)
+    fit(images, VAEConfig(hidden_dims=(2,), latent_dim=1), train, checkpoints=folder)
     return (folder / "last.ckpt").read_bytes()
 
 

@@ -22,7 +22,17 @@ VALUES = [number for number, line in enumerate(LINES) if line.startswith(b"  ")]
 NASTY = [
     *(b"", b"null", b"true", b"yes", b"-0", b"-1", b"0.0", b"1e-400", b"1e400", b"-.inf", b".nan", b"0x" + b"f" * 5000),
     *(b"9" * 30, b"9" * 5000, b"1:2:3", b"0o17", b"1_000", b"2026-02-30", b"2026-11-25T10:00:00Z", b"x" * 3000),
-    *(b"[]", b"{}", b"[1, 2, 3]", b"[.nan, .inf]", b"[[1], [2]]", b"{a: {b: c}}", b"{<<: {a: 1}}", b"[" * 300),
+    *(
+        b"[]",
+        b"{}",
+        b"[1, 2, 3]",
+        b"[64, 32]",
+        b"[.nan, .inf]",
+        b"[[1], [2]]",
+        b"{a: {b: c}}",
+        b"{<<: {a: 1}}",
+        b"[" * 300,
+    ),
     *(b"&a [*a]", b"&a {b: *a}", b"*a", b"<<: *a", b"!!int x", b"!!float x", b"!!bool x", b"!!timestamp x"),
     *(b"!!binary '*'", b"!!set {1, 2}", b"!!omap [a: 1]", b"!!pairs [a: 1]", b"!!python/object:os.system x", b"!x y"),
     *(b"|", b">-", b"@", b"`", b"%", b"\t1", b"'", b'"', b'"\\ud800"', b'"\\e[31m\\n\\u2028"', b"\0", b"\xff", b"\r"),

@@ -48,7 +48,7 @@ def images():
 @pytest.fixture
 def vae():
     torch.manual_seed(0)
-    return VAE(VAEConfig(hidden_dim=16, latent_dim=2)).eval()
+    return VAE(VAEConfig(hidden_dims=(16,), latent_dim=2)).eval()
 
 
 # into the latent space

@@ -37,7 +37,7 @@ def linear(latent_dim, slope=1.5, pixels=4):
 def peaked_vae():
     """A random VAE whose true posteriors are narrow, and whose untrained encoder does not know where they are."""
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(hidden_dim=16, latent_dim=2, input_dim=50)).double()
+    vae = VAE(VAEConfig(hidden_dims=(16,), latent_dim=2, input_dim=50)).double()
     vae.decoder[0].weight.data.mul_(2)
     vae.decoder[2].weight.data.mul_(12)
     codes = 1.5 * torch.randn(40, 2, dtype=torch.float64)

@@ -17,7 +17,8 @@ from mnist_vae.model import model_file
 from mnist_vae.model.model_file import SavedModel, load_model, save_model
 from mnist_vae.model.vae import VAE, VAEConfig
 
-CONFIG = VAEConfig(hidden_dim=8, latent_dim=3)
+CONFIG = VAEConfig(hidden_dims=(8, 5), latent_dim=3, activation="tanh")
+WRITTEN = {"hidden_dims": [8, 5], "latent_dim": 3, "input_dim": 784, "activation": "tanh"}  # as JSON
 
 
 @pytest.fixture
@@ -96,8 +97,8 @@ def test_save_model_describes_the_model_in_the_metadata(path, model):
     assert described.pop("sha256")
     assert described.pop("versions").keys() == {"torch", "safetensors"}
     assert described == {
-        "format": "mnist-vae/2",
-        "config": {"hidden_dim": 8, "latent_dim": 3, "input_dim": 784},
+        "format": "mnist-vae/3",
+        "config": WRITTEN,
         "dataset": "digits",
         "kld_per_dim": [1.5, 0.25, 2.0],
         "fingerprint": "0123456789abcdef",
@@ -173,7 +174,7 @@ class RunsCode:
 )
 def test_load_model_refuses_a_file_that_would_run_code_and_runs_nothing(path, tmp_path, save):
     trace = tmp_path / "trace"
-    content = {"format": "mnist-vae/2", "weights": RunsCode(trace)}
+    content = {"format": "mnist-vae/3", "weights": RunsCode(trace)}
     save(content, path)
 
     refusal(path)
@@ -207,11 +208,14 @@ def test_load_model_notices_a_changed_byte_in_the_metadata(path, model, old, new
 @pytest.mark.parametrize(
     "config",
     [
-        {"hidden_dim": 9, "latent_dim": 3, "input_dim": 784},
-        {"hidden_dim": 8, "latent_dim": 3, "input_dim": 783},
-        {"hidden_dim": 2**20, "latent_dim": 3, "input_dim": 2**14},
+        WRITTEN | {"hidden_dims": [8, 6]},
+        WRITTEN | {"hidden_dims": [5, 8]},
+        WRITTEN | {"hidden_dims": [8]},
+        WRITTEN | {"hidden_dims": [8, 5, 5]},
+        WRITTEN | {"input_dim": 783},
+        WRITTEN | {"hidden_dims": [2**20] * 8, "input_dim": 2**14},
     ],
-    ids=["another width", "another input", "sizes that ask for 63 GB"],
+    ids=["wider", "reversed", "a layer less", "a layer more", "another input", "sizes that ask for 66 TB"],
 )
 def test_load_model_refuses_weights_that_do_not_fit_the_config(path, model, config):
     save_model(path, model)
@@ -223,18 +227,25 @@ def test_load_model_refuses_weights_that_do_not_fit_the_config(path, model, conf
 @pytest.mark.parametrize(
     "config",
     [
-        {"hidden_dim": 8, "latent_dim": 3, "layers": 2},
-        {"hidden_dim": 8, "latent_dim": 3},
-        {"hidden_dim": 8, "latent_dim": 3.0, "input_dim": 784},
-        {"hidden_dim": 8, "latent_dim": True, "input_dim": 784},
-        {"hidden_dim": 0, "latent_dim": 3, "input_dim": 784},
-        {"hidden_dim": 10**20, "latent_dim": 3, "input_dim": 784},
+        {"hidden_dim": 8, "latent_dim": 3, "input_dim": 784},
+        WRITTEN | {"layers": 2},
+        {"hidden_dims": [8, 5], "latent_dim": 3},
+        WRITTEN | {"latent_dim": 3.0},
+        WRITTEN | {"latent_dim": True},
+        WRITTEN | {"input_dim": 0},
+        WRITTEN | {"input_dim": 10**20},
+        WRITTEN | {"hidden_dims": 8},
+        WRITTEN | {"hidden_dims": []},
+        WRITTEN | {"hidden_dims": [8] * 9},
+        WRITTEN | {"hidden_dims": [8, 0]},
+        WRITTEN | {"hidden_dims": [8, [5]]},
+        WRITTEN | {"activation": "gelu"},
+        WRITTEN | {"activation": ["tanh"]},
         "small",
         None,
     ],
-    ids=["unknown", "too few", "fraction", "boolean", "zero", "huge", "text", "none"],
 )
-def test_load_model_refuses_a_config_that_gives_no_sizes(path, model, config):
+def test_load_model_refuses_a_config_that_makes_no_model(path, model, config):
     save_model(path, model)
     forge(path, config=config)
 
@@ -266,7 +277,7 @@ def test_load_model_refuses_a_model_that_does_not_say_what_it_was_made_from(path
 def test_load_model_refuses_weights_that_are_not_finite(path, model, value):
     save_model(path, model)
     weights = load_file(path)
-    weights["decoder.2.bias"][7] = value
+    weights["decoder.4.bias"][7] = value
     forge(path, weights)
 
     assert "a weight is not finite" in refusal(path)
@@ -280,7 +291,7 @@ def test_load_model_refuses_weights_of_another_type(path, model, dtype):
     assert "its weights do not fit its config" in refusal(path)
 
 
-@pytest.mark.parametrize("change", [lambda weights: weights.pop("decoder.2.bias"), lambda weights: weights.clear()])
+@pytest.mark.parametrize("change", [lambda weights: weights.pop("decoder.4.bias"), lambda weights: weights.clear()])
 def test_load_model_refuses_a_model_that_lacks_weights(path, model, change):
     save_model(path, model)
     weights = load_file(path)

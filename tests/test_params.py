@@ -78,8 +78,9 @@ def test_the_committed_defaults_are_the_notebooks():
         "data.dataset": "mnist",
         "data.fallback": "digits",
         "data.binarize": "none",
-        "model.hidden_dim": 256,
+        "model.hidden_dims": [256],
         "model.latent_dim": 2,
+        "model.activation": "relu",
         "train.seed": 1,
         "train.epochs": 10,
         "train.batch_size": 64,
@@ -109,7 +110,8 @@ def test_the_committed_defaults_are_the_notebooks():
 def test_flat_names_the_asked_for_sections_in_the_files_order():
     params = load_params(COMMITTED)
 
-    assert list(params.flat("grid", "model")) == ["model.hidden_dim", "model.latent_dim", "grid.size", "grid.quantiles"]
+    names = ["model.hidden_dims", "model.latent_dim", "model.activation", "grid.size", "grid.quantiles"]
+    assert list(params.flat("grid", "model")) == names
 
 
 @pytest.mark.parametrize("literal", ["1e-3", "1.0e-3", "0.001", "1E-3"])
@@ -129,7 +131,9 @@ def test_there_may_be_no_fallback(load_with):
     ("name", "value"),
     [
         ("data.dataset", "digits"),
-        ("model.hidden_dim", 1),
+        ("model.hidden_dims", [1]),
+        ("model.hidden_dims", [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("model.activation", "tanh"),
         ("model.latent_dim", 1),
         ("train.seed", 0),
         ("train.seed", 2**32 - 1),
@@ -212,9 +216,16 @@ def test_no_parameter_takes_a_value_of_another_type(complaint_about, load_with, 
         ("train.seed", "4294967296", "train.seed is 4294967296; it must be at most 4294967295"),
         ("train.schedule", "cosine", "train.schedule is 'cosine'; it must be constant or one_cycle"),
         ("data.fallback", "mnist", "data.fallback is 'mnist'; it must be digits or null"),
-        ("train.betas", "0.9", "train.betas is 0.9; it must be a list such as [0.1, 0.9]"),
-        ("train.betas", "[0.9]", "train.betas has 1 values; it must have 2"),
-        ("train.betas", "[0.9, 0.99, 0.999]", "train.betas has 3 values; it must have 2"),
+        ("train.betas", "0.9", "train.betas is 0.9; it must be a list in square brackets"),
+        ("train.betas", "[0.9]", "train.betas has 1 values; it must have at least 2"),
+        ("train.betas", "[0.9, 0.99, 0.999]", "train.betas has 3 values; it must have at most 2"),
+        ("model.activation", "gelu", "model.activation is 'gelu'; it must be relu or tanh"),
+        ("model.hidden_dims", "256", "model.hidden_dims is 256; it must be a list in square brackets"),
+        ("model.hidden_dims", "[]", "model.hidden_dims has 0 values; it must have at least 1"),
+        ("model.hidden_dims", "[9,9,9,9,9,9,9,9,9]", "model.hidden_dims has 9 values; it must have at most 8"),
+        ("model.hidden_dims", "[200, 1000001]", "model.hidden_dims.1 is 1000001; it must be at most 1000000"),
+        ("model.hidden_dims", "[200.0]", "model.hidden_dims.0 is 200.0; it must be a whole number"),
+        ("model.hidden_dims", "[[200]]", "model.hidden_dims.0 is [200]; it must be a whole number"),
         ("train.betas", "[0.9, 1]", "train.betas.1 is 1; it must be less than 1"),
         ("grid.quantiles", "[0.95, 0.05]", "grid.quantiles is [0.95, 0.05]; the first value must be below the second"),
         ("grid.quantiles", "[0.5, 0.5]", "grid.quantiles is [0.5, 0.5]; the first value must be below the second"),
@@ -228,7 +239,7 @@ def test_the_message_says_what_the_value_is_and_what_it_must_be(complaint_about,
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("model.hidden_dim", 0),
+        ("model.hidden_dims", [256, 0]),
         ("model.latent_dim", 0),
         ("train.seed", -1),
         ("train.batch_size", 0),
@@ -326,8 +337,9 @@ def eight_gigabytes(monkeypatch):
     [
         ("grid.size", 100_000, "the picture", "648 TB"),
         ("grid.size", 400, "the picture", "10.4 GB"),
-        ("model.hidden_dim", 1_000_000, "training", "89.2 GB"),
-        ("model.hidden_dim", 1_000_000, "the evaluation", "86.4 GB"),
+        ("model.hidden_dims", [1_000_000], "training", "89.2 GB"),
+        ("model.hidden_dims", [1_000_000], "the evaluation", "86.4 GB"),
+        ("model.hidden_dims", [256, 1_000_000, 256], "training", "58.4 GB"),
         ("evaluate.neighbours", 60_000, "the evaluation", "24.1 GB"),
     ],
 )
@@ -376,27 +388,33 @@ def test_memory_of_machine_is_that_of_its_container_where_lower(monkeypatch, lim
 WORK = {
     "training": (
         "from mnist_vae.params import Train\nfrom mnist_vae.training.fit import fit",
-        "fit(torch.zeros(128, 28, 28, dtype=torch.uint8).numpy(), VAEConfig({size}), train)",
+        "fit(torch.zeros(128, 28, 28, dtype=torch.uint8).numpy(), VAEConfig(({size},)), train)",
         10_000,
-        lambda size: memory.training_bytes(size, 2, 64),
+        lambda size: memory.training_bytes([size], 2, 64),
+    ),
+    "training of several layers": (
+        "from mnist_vae.params import Train\nfrom mnist_vae.training.fit import fit",
+        "fit(torch.zeros(128, 28, 28, dtype=torch.uint8).numpy(), VAEConfig(({size}, {size})), train)",
+        2_000,
+        lambda size: memory.training_bytes([size, size], 2, 64),
     ),
     "evaluation": (
         "from mnist_vae.evaluation.likelihood import quadrature_nll",
-        "quadrature_nll(VAE(VAEConfig({size})), torch.zeros(10_000, 784), 0.5)",
+        "quadrature_nll(VAE(VAEConfig(({size},))), torch.zeros(10_000, 784), 0.5)",
         4_000,
-        lambda size: memory.evaluation_bytes(size, 2, 1, 1),
+        lambda size: memory.evaluation_bytes([size], 2, 1, 1),
     ),
     "samples": (
         "from mnist_vae.pictures.figures import samples_figure",
         "draw(samples_figure(decode(VAE(VAEConfig()), prior_draws({size} ** 2, 2, 1)), {size}, 'x'))",
         30,
-        lambda size: memory.samples_bytes(size, size, 256),
+        lambda size: memory.samples_bytes(size, size, [256]),
     ),
     "grid": (
         "from mnist_vae.pictures.figures import manifold_figure",
         "draw(manifold_figure(manifold(VAE(VAEConfig()), {size}, (0.05, 0.95), (1, 1)), 'x'))",
         70,
-        lambda size: memory.grid_bytes(size, 256),
+        lambda size: memory.grid_bytes(size, [256]),
     ),
 }
 

@@ -67,7 +67,7 @@ def test_package_tells_type_checkers_that_it_is_typed():
 
 def test_docstring_example_draws_the_manifold(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = SavedModel(VAE(VAEConfig(hidden_dim=8)), "digits", [1.5, 0.25], "0123456789abcdef")
+    model = SavedModel(VAE(VAEConfig(hidden_dims=(8,))), "digits", [1.5, 0.25], "0123456789abcdef")
     save_model(tmp_path / "models" / "vae.safetensors", model)
     monkeypatch.chdir(tmp_path)
     example = [line for line in mnist_vae.__doc__.splitlines() if line.startswith("    ")]

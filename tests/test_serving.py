@@ -48,7 +48,7 @@ def _no_store_from_outside():
 @pytest.fixture(scope="module")
 def vae():
     torch.manual_seed(0)
-    return VAE(VAEConfig(hidden_dim=8, latent_dim=LATENT_DIM)).eval()
+    return VAE(VAEConfig(hidden_dims=(8,), latent_dim=LATENT_DIM)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +364,7 @@ def test_a_model_that_is_measured_again_stays_one_version_with_the_new_numbers(f
 
 def test_another_model_of_the_same_run_is_another_version(fresh, path, tmp_path):
     other = tmp_path / "vae.safetensors"
-    save_model(other, SavedModel(VAE(VAEConfig(8, LATENT_DIM)), "MNIST", [0.0] * LATENT_DIM, FINGERPRINT))
+    save_model(other, SavedModel(VAE(VAEConfig((8,), LATENT_DIM)), "MNIST", [0.0] * LATENT_DIM, FINGERPRINT))
 
     assert register_models(fresh, champions(fresh)[0], other, MEASURED_ON, 149.0)
 

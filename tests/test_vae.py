@@ -1,12 +1,21 @@
 """The model and its loss against torch.distributions and against counts by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from mnist_vae.model.vae import VAE, Posterior, VAEConfig, negative_elbo, negative_log_likelihood, to_pixels
+from mnist_vae.model.vae import (
+    VAE,
+    Posterior,
+    VAEConfig,
+    negative_elbo,
+    negative_log_likelihood,
+    to_pixels,
+)
 
 
 def random(*shape, seed=0):
@@ -95,7 +104,7 @@ def test_posterior_sample_is_the_same_for_the_same_generator():
 
 def test_forward_decodes_a_draw_of_its_generator():
     torch.manual_seed(0)
-    vae, x = VAE(VAEConfig(hidden_dim=8)), torch.rand(3, 784)
+    vae, x = VAE(VAEConfig(hidden_dims=(8,))), torch.rand(3, 784)
 
     logits, posterior = vae(x, torch.Generator().manual_seed(4))
 
@@ -114,16 +123,40 @@ def test_vae_has_layers_of_784_256_2_256_784():
     assert vae.decode(torch.zeros(5, 3, 2)).shape == (5, 3, 784)
 
 
-def test_vae_rectifies_both_hidden_layers():
+@pytest.mark.parametrize(("activation", "function"), [("relu", torch.relu), ("tanh", torch.tanh)])
+@pytest.mark.parametrize("hidden_dims", [(8,), (8, 5), (8, 5, 7)])
+def test_vae_activates_each_hidden_layer_of_both_sides(hidden_dims, activation, function):
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(hidden_dim=8, latent_dim=2))
-    (hidden_in, _), (hidden_out, _, last) = vae.encoder, vae.decoder
+    vae = VAE(VAEConfig(hidden_dims, latent_dim=2, activation=activation))
     x, z = torch.rand(3, 784), torch.randn(3, 2)
 
-    torch.testing.assert_close(
-        torch.cat(vae.encode(x), dim=1), torch.relu(hidden_in(x)) @ vae.posterior.weight.T + vae.posterior.bias
+    def by_hand(y, *layers):
+        *hidden, last = layers
+        for layer in hidden:
+            y = function(y @ layer.weight.T + layer.bias)
+        return y @ last.weight.T + last.bias
+
+    inwards, outwards = (
+        [layer for layer in side if isinstance(layer, nn.Linear)] for side in (vae.encoder, vae.decoder)
     )
-    torch.testing.assert_close(vae.decode(z), torch.relu(hidden_out(z)) @ last.weight.T + last.bias)
+    torch.testing.assert_close(torch.cat(vae.encode(x), dim=1), by_hand(x, *inwards, vae.posterior))
+    torch.testing.assert_close(vae.decode(z), by_hand(z, *outwards))
+
+
+def test_the_decoder_is_the_mirror_image_of_the_encoder():
+    vae = VAE(VAEConfig(hidden_dims=(9, 8, 7), latent_dim=3, input_dim=20))
+
+    shapes = {name: tuple(weight.shape) for name, weight in vae.named_parameters() if name.endswith("weight")}
+
+    sizes = [20, 9, 8, 7]
+    assert shapes == {
+        **{f"encoder.{2 * depth}.weight": (out, inputs) for depth, (inputs, out) in enumerate(pairwise(sizes))},
+        "posterior.weight": (2 * 3, 7),
+        "decoder.0.weight": (7, 3),
+        **{
+            f"decoder.{2 * depth}.weight": (out, inputs) for depth, (inputs, out) in enumerate(pairwise(sizes[::-1]), 1)
+        },
+    }
 
 
 def test_negative_log_likelihood_of_extreme_logits_overflows_neither_in_value_nor_in_gradient():

@@ -11,7 +11,7 @@ from mnist_vae.model.vae import VAEConfig
 from mnist_vae.params import Train, load_params
 
 COMMITTED = Path(__file__).parent.parent / "params.yaml"  # the notebook's settings
-CONFIG = VAEConfig(hidden_dim=8, latent_dim=2)
+CONFIG = VAEConfig(hidden_dims=(8,), latent_dim=2)
 
 
 def settings(**changes: Any) -> Train:

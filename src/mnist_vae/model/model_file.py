@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mnist_vae.files import atomic_write, read_or_refuse
-from mnist_vae.model.vae import VAE, VAEConfig
+from mnist_vae.model.vae import ACTIVATIONS, VAE, VAEConfig
 
-FORMAT = "mnist-vae/2"
+FORMAT = "mnist-vae/3"
 ENTRY = "mnist-vae"
 LARGEST = 2**20  # of any size in a config: beyond it a file is damaged, not a model
+DEEPEST = 8  # hidden layers on a side: likewise
 REMEDY = "`dvc repro train` makes it again, `dvc checkout` restores the last one"
 
 
@@ -63,12 +64,13 @@ def load_model(path: Path | str) -> SavedModel:
 def _read(path: Path) -> SavedModel:
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
         about = _checked_metadata((file.metadata() or {}).get(ENTRY))
+        config = about["config"]
         with torch.device("meta"):  # shapes without memory
-            vae = VAE(VAEConfig(**about["config"]))
+            vae = VAE(VAEConfig(**config | {"hidden_dims": tuple(config["hidden_dims"])}))  # JSON has no tuples
         expected = {name: ("F32", list(weight.shape)) for name, weight in vae.state_dict().items()}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
         if {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()} != expected:
-            raise ValueError(f"its weights do not fit its config, {about['config']}")
+            raise ValueError(f"its weights do not fit its config, {config}")
         weights = {name: file.get_tensor(name) for name in expected}
     if _digest(about, weights) != about.get("sha256"):
         raise ValueError("its weights or its metadata are not those that were written")
@@ -87,19 +89,29 @@ def _digest(about: dict[str, Any], weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
 def _checked_metadata(text: str | None) -> dict[str, Any]:
     """The metadata of a file; ValueError where they are not those of a model of this project."""
     about = json.loads(text or "{}")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"it is no model of the format {FORMAT}")
     config, klds = about.get("config"), about.get("kld_per_dim")
-    sizes = VAEConfig.__dataclass_fields__.keys()
+    entries = VAEConfig.__dataclass_fields__.keys()
     if not (
         isinstance(config, dict)
-        and config.keys() == sizes
-        and all(type(size) is int and 1 <= size <= LARGEST for size in config.values())
+        and config.keys() == entries
+        and isinstance(config["hidden_dims"], list)
+        and 1 <= len(config["hidden_dims"]) <= DEEPEST
+        and all(map(_is_size, [*config["hidden_dims"], config["latent_dim"], config["input_dim"]]))
+        and config["activation"] in [*ACTIVATIONS]  # a list: what is compared may be of any type
     ):
-        raise ValueError(f"its config is {config}; it must give {', '.join(sizes)} as whole numbers")
+        raise ValueError(
+            f"its config is {config}; it must give 1 to {DEEPEST} hidden_dims, a latent_dim and an input_dim as whole "
+            f"numbers, and as activation {' or '.join(ACTIVATIONS)}"
+        )
     if not (
         isinstance(klds, list)
         and len(klds) == config["latent_dim"]

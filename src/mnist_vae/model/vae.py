@@ -9,21 +9,27 @@ Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014, https://arxiv.or
 Letters in shapes: B images, D pixels (784), H hidden units, Z latent dimensions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Activation = Literal["relu", "tanh"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The sizes that define a VAE; stored beside its weights."""
+    """What defines a VAE; stored beside its weights."""
 
-    hidden_dim: int = 256
+    hidden_dims: tuple[int, ...] = (256,)  # of the encoder, from the image to z; the decoder has them in reverse
     latent_dim: int = 2
     input_dim: int = 784
+    activation: Activation = "relu"  # of every hidden layer
 
 
 class Posterior(NamedTuple):
@@ -54,7 +60,7 @@ class Loss(NamedTuple):
 
 
 class VAE(nn.Module):
-    """A multi-layer perceptron on either side of the latent space: D-H-Z-H-D.
+    """A multi-layer perceptron on either side of the latent space, D-H-…-Z-…-H-D, one the mirror image of the other.
 
     Works on images as rows of pixels in [0, 1]. The decoder's result is logits, not pixels: the sigmoid is
     part of the likelihood, where it can be evaluated without overflow.
@@ -63,10 +69,12 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        input_dim, hidden_dim, latent_dim = config.input_dim, config.hidden_dim, config.latent_dim
-        self.encoder = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.ReLU())
-        self.posterior = nn.Linear(hidden_dim, 2 * latent_dim)  # mean and log-variance side by side
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, input_dim))
+        hidden, latent_dim = config.hidden_dims, config.latent_dim
+        self.encoder = nn.Sequential(*hidden_layers([config.input_dim, *hidden], config.activation))
+        self.posterior = nn.Linear(hidden[-1], 2 * latent_dim)  # mean and log-variance side by side
+        self.decoder = nn.Sequential(
+            *hidden_layers([latent_dim, *reversed(hidden)], config.activation), nn.Linear(hidden[0], config.input_dim)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +95,11 @@ class VAE(nn.Module):
         """Images (B, D) through one draw of z to the logits of their reconstructions (B, D)."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(generator)), posterior
+
+
+def hidden_layers(sizes: Sequence[int], activation: Activation) -> list[nn.Module]:
+    """A linear layer from each size to the next, each with the activation behind it."""
+    return [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), ACTIVATIONS[activation]())]
 
 
 def negative_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:

@@ -2,46 +2,53 @@
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from mnist_vae.errors import UserError
 from mnist_vae.params.sections import Params
 
 
-def training_bytes(hidden_dim: int, latent_dim: int, batch_size: int) -> int:
+def weights(hidden_dims: list[int], latent_dim: int) -> int:
+    """Numbers in the weight matrices of encoder and decoder."""
+    between = sum(a * b for a, b in pairwise([784, *hidden_dims]))
+    return 2 * between + 3 * hidden_dims[-1] * latent_dim
+
+
+def training_bytes(hidden_dims: list[int], latent_dim: int, batch_size: int) -> int:
     """Weights, gradients, Adam's two moments, and copies on the way to a checkpoint; what a mini-batch computes."""
     images = min(batch_size, 60_000)
-    return 56 * hidden_dim * (2 * 784 + 3 * latent_dim) + 16 * images * (784 + hidden_dim)
+    return 56 * weights(hidden_dims, latent_dim) + 16 * images * (784 + sum(hidden_dims))
 
 
-def evaluation_bytes(hidden_dim: int, latent_dim: int, neighbours: int, quality_images: int) -> int:
+def evaluation_bytes(hidden_dims: list[int], latent_dim: int, neighbours: int, quality_images: int) -> int:
     """The largest block that a likelihood or a decoder works on; what the classifiers of codes compare."""
     block = 10_000 if latent_dim <= 2 else max(2_048, min(quality_images, 10_000))
-    model = 4 * hidden_dim * (2 * 784 + 3 * latent_dim) + 8 * block * (784 + hidden_dim)
+    model = 4 * weights(hidden_dims, latent_dim) + 8 * block * (784 + max(hidden_dims))
     codes = 32 * 70_000 * latent_dim + 8 * (10 * latent_dim) ** 2  # the logistic regression's matrix, of 10 digits
     return model + codes + 40 * 10_000 * min(neighbours, 60_000)
 
 
-def samples_bytes(rows: int, cols: int, hidden_dim: int) -> int:
+def samples_bytes(rows: int, cols: int, hidden_dims: list[int]) -> int:
     """Images on their way through the decoder, and the picture's pixels, 100 × 100 to an image."""
-    return rows * cols * (8 * hidden_dim + 16 * 784) + 33 * (100 * rows + 50) * 100 * max(cols, 6)
+    return rows * cols * (8 * max(hidden_dims) + 16 * 784) + 33 * (100 * rows + 50) * 100 * max(cols, 6)
 
 
-def grid_bytes(size: int, hidden_dim: int) -> int:
+def grid_bytes(size: int, hidden_dims: list[int]) -> int:
     """Images on their way through the decoder and matplotlib, whose picture has a fixed size."""
-    return size**2 * (8 * hidden_dim + 80 * 784)
+    return size**2 * (8 * max(hidden_dims) + 80 * 784)
 
 
 # Estimates for MNIST's 60,000 + 10,000 images; the factors are of the resident memory that was measured.
 NEEDS: tuple[tuple[str, Callable[..., int], tuple[str, ...]], ...] = (
-    ("training", training_bytes, ("model.hidden_dim", "model.latent_dim", "train.batch_size")),
+    ("training", training_bytes, ("model.hidden_dims", "model.latent_dim", "train.batch_size")),
     (
         "the evaluation",
         evaluation_bytes,
-        ("model.hidden_dim", "model.latent_dim", "evaluate.neighbours", "evaluate.quality_images"),
+        ("model.hidden_dims", "model.latent_dim", "evaluate.neighbours", "evaluate.quality_images"),
     ),
-    ("the picture", samples_bytes, ("samples.rows", "samples.cols", "model.hidden_dim")),
-    ("the picture", grid_bytes, ("grid.size", "model.hidden_dim")),
+    ("the picture", samples_bytes, ("samples.rows", "samples.cols", "model.hidden_dims")),
+    ("the picture", grid_bytes, ("grid.size", "model.hidden_dims")),
 )
 
 
@@ -59,7 +66,8 @@ def check_memory(params: Params) -> None:
         given = {name: values[name] for name in names}
         need = bytes_for(*given.values())
         if need > memory:
-            decisive = [name for name in names if bytes_for(*(given | {name: 1}).values()) <= memory] or names
+            least = {name: [1] * len(value) if isinstance(value, list) else 1 for name, value in given.items()}
+            decisive = [name for name in names if bytes_for(*(given | {name: least[name]}).values()) <= memory] or names
             lines.append(
                 f"params.yaml: {' and '.join(f'{name} is {given[name]}' for name in decisive)}: {what} needs "
                 f"{_in_words(need)} and this machine has {_in_words(memory)}; lower {' or '.join(decisive)}"

@@ -106,10 +106,10 @@ def _explain(problem: ErrorDetails) -> str:
             return f"{name} is not a parameter{_did_you_mean(problem['loc'])}"
         case "model_type":
             return f"{name} is {_shown(given)}; it must be a section of `name: value` lines"
-        case "too_short" | "too_long":
-            return (
-                f"{name} has {len(given)} values; it must have {context.get('min_length', context.get('max_length'))}"
-            )
+        case "too_short":
+            return f"{name} has {len(given)} values; it must have at least {context.get('min_length')}"
+        case "too_long":
+            return f"{name} has {len(given)} values; it must have at most {context.get('max_length')}"
         case "increasing":
             return f"{name} is {_shown(given)}; {problem['msg']}"
     must = {
@@ -118,7 +118,7 @@ def _explain(problem: ErrorDetails) -> str:
         "finite_number": "a finite number",
         "string_type": "a text",
         "string_unicode": "valid Unicode text",
-        "list_type": "a list such as [0.1, 0.9]",
+        "list_type": "a list in square brackets",
         "literal_error": str(context.get("expected", "")).replace("'", "").replace("None", "null"),
         "greater_than_equal": f"at least {context.get('ge', 0):.15g}",
         "greater_than": f"more than {context.get('gt', 0):.15g}",

@@ -44,10 +44,11 @@ class Data(Section):
 
 
 class Model(Section):
-    """The sizes of the VAE; its input is always 28 × 28 = 784 pixels."""
+    """The layers of the VAE; its input is always 28 × 28 = 784 pixels."""
 
-    hidden_dim: Count
+    hidden_dims: Annotated[list[Count], Field(min_length=1, max_length=8)]
     latent_dim: Annotated[int, Field(ge=1, le=784)]
+    activation: Literal["relu", "tanh"]
 
 
 class Train(Section):

@@ -59,6 +59,7 @@ def explorer_html(
     sizes, weights = decoder_weights(vae)
     data = {
         "layers": sizes,
+        "activation": vae.config.activation,
         "weights": to_base64(weights, "<f2"),
         "plane": plane,
         "sliders": sliders,
