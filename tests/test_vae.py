@@ -1,4 +1,4 @@
-"""The model and its loss against torch.distributions and against counts by hand."""
+"""The model and its bounds against torch.distributions and against counts by hand."""
 
 import math
 from itertools import pairwise
@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
+from mnist_vae.evaluation.likelihood import importance_nll
 from mnist_vae.model.vae import (
     VAE,
     Posterior,
     VAEConfig,
+    log_prior,
     negative_elbo,
+    negative_iwae_bound,
     negative_log_likelihood,
     to_pixels,
 )
@@ -100,6 +103,157 @@ def test_posterior_sample_is_the_same_for_the_same_generator():
 
     assert torch.equal(first_draw(1), first_draw(1))
     assert not torch.equal(first_draw(1), first_draw(2))
+
+
+def test_posterior_sample_of_several_draws_gives_each_image_its_own():
+    posterior = Posterior(torch.tensor([[-9.0, 0.0], [0.0, 9.0]]).double(), torch.full((2, 2), -2.0).double())
+
+    z = posterior.sample(torch.Generator().manual_seed(0), draws=1000)
+
+    assert z.shape == (1000, 2, 2)
+    assert len(z.unique()) == z.numel()
+    torch.testing.assert_close(z.mean(dim=0), posterior.mean, rtol=0, atol=0.1)
+
+
+def test_log_densities_match_torch_distributions():
+    posterior, z = random_posterior(), random(4, 7, 3, seed=5)
+    normal = Normal(posterior.mean, torch.exp(0.5 * posterior.log_var))
+
+    torch.testing.assert_close(posterior.log_prob(z), normal.log_prob(z).sum(dim=-1))
+    torch.testing.assert_close(log_prior(z), Normal(0.0, 1.0).log_prob(z).sum(dim=-1))
+
+
+# the IWAE bound
+
+
+def tiny(seed=0):
+    """A model of 6 pixels in float64, not far from a trained one, and 7 binary images."""
+    torch.manual_seed(seed)
+    vae = VAE(VAEConfig(hidden_dims=(5, 4), latent_dim=3, input_dim=6, activation="tanh")).double()
+    for weight in vae.parameters():
+        weight.data.mul_(2)
+    return vae, (random(7, 6, seed=3) > 0).double()
+
+
+def iwae_bound(vae, x, draws, seed=4, kl_weight=1.0):
+    """The loss of images (B, D) from so many draws."""
+    posterior = vae.encode(x)
+    z = posterior.sample(torch.Generator().manual_seed(seed), draws)
+    return negative_iwae_bound(vae.decode(z), x, z, posterior, kl_weight)
+
+
+@pytest.mark.parametrize("draws", [1, 2, 50])
+@pytest.mark.parametrize("kl_weight", [1.0, 0.3])
+def test_negative_iwae_bound_matches_a_sum_by_brute_force(draws, kl_weight):
+    vae, x = tiny()
+    posterior = vae.encode(x)
+    z = posterior.sample(torch.Generator().manual_seed(4), draws)
+
+    total = 0.0
+    for image, (pixels, mean, log_var) in enumerate(zip(x, *posterior, strict=True)):
+        weights = []
+        for code in z[:, image]:
+            likelihood = Bernoulli(logits=vae.decode(code)).log_prob(pixels).exp().prod()
+            prior = Normal(0.0, 1.0).log_prob(code).exp().prod()
+            proposal = Normal(mean, (log_var / 2).exp()).log_prob(code).exp().prod()
+            weights.append(likelihood * (prior / proposal) ** kl_weight)
+        total -= math.log(sum(weights).item() / draws)
+
+    assert iwae_bound(vae, x, draws, kl_weight=kl_weight).loss.item() == pytest.approx(total, rel=1e-12)
+
+
+def test_negative_iwae_bound_has_the_terms_of_the_elbo_beside_it():
+    vae, x = tiny()
+    posterior = vae.encode(x)
+    z = posterior.sample(torch.Generator().manual_seed(4), 50)
+
+    _, bce, kld = iwae_bound(vae, x, 50)
+
+    each = [negative_elbo(vae.decode(code), x, posterior) for code in z]
+    torch.testing.assert_close(bce, sum(loss.bce for loss in each) / 50)
+    torch.testing.assert_close(kld, each[0].kld)
+
+
+@pytest.mark.parametrize("draws", [1, 20])
+def test_negative_iwae_bound_is_importance_nll_of_the_same_draws(draws):
+    vae, x = tiny()
+
+    nll = importance_nll(vae, x, draws, torch.Generator().manual_seed(4))
+
+    assert iwae_bound(vae, x, draws).loss.item() == pytest.approx(nll.sum().item(), rel=1e-12)
+
+
+def test_the_iwae_bound_tightens_as_k_grows_from_the_elbo_towards_the_likelihood():
+    vae, x = tiny()
+    vae.requires_grad_(False)
+
+    one, five, fifty = (iwae_bound(vae, x.repeat(2_000, 1), draws).loss.item() / 2_000 for draws in (1, 5, 50))
+    nll, bce, kld = (term.item() for term in iwae_bound(vae, x, 100_000))
+
+    assert one == pytest.approx(bce + kld, abs=0.1)  # the negative ELBO
+    assert one > five + 0.5 > fifty + 1.0 > nll + 1.0
+
+
+def test_the_iwae_bound_is_at_least_the_mean_over_its_draws_one_by_one():
+    vae, x = tiny()
+    posterior = vae.encode(x)
+    z = posterior.sample(torch.Generator().manual_seed(4), 20)
+
+    together = negative_iwae_bound(vae.decode(z), x, z, posterior).loss
+    one_by_one = [negative_iwae_bound(vae.decode(code), x, code, posterior).loss for code in z.split(1)]
+
+    assert together < sum(one_by_one) / 20
+
+
+def gradient(loss, vae):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(vae.parameters()))])
+
+
+def test_the_gradient_of_the_iwae_bound_of_one_draw_is_that_of_the_sampled_elbo():
+    vae, x = tiny()
+    eps = random(7, 3, seed=9)
+
+    mean, log_var = vae.encode(x)
+    std = (0.5 * log_var).exp()
+    z = mean + std * eps
+    log_joint = Bernoulli(logits=vae.decode(z)).log_prob(x).sum() + Normal(0.0, 1.0).log_prob(z).sum()
+    expected = gradient(-(log_joint - Normal(mean, std).log_prob(z).sum()), vae)
+
+    posterior = vae.encode(x)
+    z = (posterior.mean + (0.5 * posterior.log_var).exp() * eps)[None]
+    loss = negative_iwae_bound(vae.decode(z), x, z, posterior).loss
+    torch.testing.assert_close(gradient(loss, vae), expected)
+
+
+def test_the_gradient_of_the_iwae_bound_of_one_draw_is_on_average_that_of_the_elbo():
+    vae, x = tiny()
+    repeats = 20_000
+    x = x.repeat(repeats, 1)
+
+    sampled = gradient(iwae_bound(vae, x, 1).loss, vae) / repeats
+    logits, posterior = vae(x, torch.Generator().manual_seed(5))
+    exact_kld = gradient(negative_elbo(logits, x, posterior).loss, vae) / repeats
+
+    torch.testing.assert_close(sampled, exact_kld, rtol=0.02, atol=0.05)
+
+
+def test_the_gradient_of_the_iwae_bound_weighs_draws_by_their_likelihood():
+    """Equation (13) of Burda et al.: the gradients of log w_k, weighted by w_k / Σ w."""
+    vae, x = tiny()
+    image, draws = x[:1], 5
+
+    posterior = vae.encode(image)
+    z = posterior.sample(torch.Generator().manual_seed(4), draws)
+    log_weights = [-negative_iwae_bound(vae.decode(code), image, code, posterior).loss for code in z.split(1)]
+    shares = torch.stack(log_weights).detach().softmax(dim=0)
+    gradients = [torch.autograd.grad(w, [*vae.parameters()], retain_graph=True) for w in log_weights]
+    expected = -sum(s * torch.cat([part.flatten() for part in g]) for s, g in zip(shares, gradients, strict=True))
+
+    assert shares.max() < 0.9
+    torch.testing.assert_close(gradient(iwae_bound(vae, image, draws).loss, vae), expected)
+
+
+# the network
 
 
 def test_forward_decodes_a_draw_of_its_generator():

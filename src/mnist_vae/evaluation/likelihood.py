@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnist_vae.model.vae import VAE, negative_log_likelihood
+from mnist_vae.model.vae import VAE, log_prior, negative_log_likelihood
 
 GRID_IMAGES = 10_000  # images that share one decoding of the grid
 GRID_POINTS = 4_096  # grid points decoded at a time
@@ -75,18 +75,18 @@ def _quadrature_block(vae: VAE, x: Tensor, step: float) -> Quadrature:
     on_double_step = (offsets / step).round().remainder(2).eq(0).all(dim=-1)  # (P,)
 
     near = (posterior.mean / step).round() * step  # (B, Z), a point of the grid: its term is less than the sum
-    at_least = _log_prior(near) - negative_log_likelihood(vae.decode(near), x)  # (B,)
+    at_least = log_prior(near) - negative_log_likelihood(vae.decode(near), x)  # (B,)
     negligible = at_least + math.log(DROPPED / len(corners))  # (B,), C such cells add up to DROPPED
 
     log_sum = x.new_full((2, len(x)), -math.inf)  # log Σ p(x, z) over the points of step, and of 2 · step
     for cells in corners.split(max(1, GRID_POINTS // len(offsets))):
         z = cells[:, None] + offsets  # (C, P, Z)
         logits = vae.decode(z)  # (C, P, D)
-        log_prior = _log_prior(z)  # (C, P)
-        constant = log_prior - F.softplus(logits).sum(dim=-1)  # (C, P), log p(x, z) = x · logits + constant
+        log_p_z = log_prior(z)  # (C, P)
+        constant = log_p_z - F.softplus(logits).sum(dim=-1)  # (C, P), log p(x, z) = x · logits + constant
 
         log_on, log_off = F.logsigmoid(logits.amax(dim=1)), F.logsigmoid(-logits.amin(dim=1))  # (C, D), at their best
-        at_most = x @ (log_on - log_off).T + log_off.sum(dim=-1) + log_prior.logsumexp(dim=-1)  # (B, C)
+        at_most = x @ (log_on - log_off).T + log_off.sum(dim=-1) + log_p_z.logsumexp(dim=-1)  # (B, C)
         for cell, matters in enumerate((at_most > negligible[:, None]).T):
             images = matters.nonzero().squeeze(dim=1)  # (R,)
             log_joint = torch.addmm(constant[cell], x[images], logits[cell].T)  # (R, P)
@@ -128,8 +128,8 @@ def _importance_block(vae: VAE, x: Tensor, samples: int, generator: torch.Genera
         z = posterior.mean + torch.exp(0.5 * posterior.log_var) * eps  # (K, B, Z)
         logits = vae.decode(z)  # (K, B, D)
         log_likelihood = -negative_log_likelihood(logits, x.expand_as(logits))  # (K, B)
-        log_posterior = _log_prior(eps) - 0.5 * posterior.log_var.sum(dim=-1)  # (K, B), of z by change of variables
-        log_weight = log_likelihood + _log_prior(z) - log_posterior  # (K, B)
+        log_posterior = log_prior(eps) - 0.5 * posterior.log_var.sum(dim=-1)  # (K, B), of z by change of variables
+        log_weight = log_likelihood + log_prior(z) - log_posterior  # (K, B)
         log_sum = torch.logaddexp(log_sum, log_weight.logsumexp(dim=0))
     return math.log(samples) - log_sum
 
@@ -141,8 +141,3 @@ def standard_error(values: Tensor) -> float:
     different random numbers: how far the random numbers move it.
     """
     return (values.std() / math.sqrt(len(values))).item()
-
-
-def _log_prior(z: Tensor) -> Tensor:
-    """log N(z; 0, I) of points (…, Z), (…)."""
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=-1)

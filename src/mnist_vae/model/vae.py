@@ -6,9 +6,10 @@
 
 Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014, https://arxiv.org/abs/1312.6114.
 
-Letters in shapes: B images, D pixels (784), H hidden units, Z latent dimensions.
+Letters in shapes: B images, D pixels (784), H hidden units, Z latent dimensions, K draws of z per image.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,10 +39,16 @@ class Posterior(NamedTuple):
     mean: Tensor  # (B, Z)
     log_var: Tensor  # (B, Z)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One reparameterised draw per image, z = mean + std · eps, (B, Z)."""
-        eps = torch.empty_like(self.mean).normal_(generator=generator)
+    def sample(self, generator: torch.Generator | None = None, draws: int | None = None) -> Tensor:
+        """Reparameterised draws, z = mean + std · eps: one per image, (B, Z), or K = ``draws`` of them, (K, B, Z)."""
+        shape = self.mean.shape if draws is None else (draws, *self.mean.shape)
+        eps = self.mean.new_empty(shape).normal_(generator=generator)
         return torch.addcmul(self.mean, torch.exp(0.5 * self.log_var), eps)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z|x) at points (…, B, Z), (…, B)."""
+        squares = (z - self.mean).square() / self.log_var.exp()
+        return -0.5 * (squares + self.log_var + math.log(2 * math.pi)).sum(dim=-1)
 
     def kld(self) -> Tensor:
         """KL(q(z|x) ‖ p(z)) in nats, (B, Z): one term per image and latent dimension.
@@ -52,10 +59,10 @@ class Posterior(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The terms of the negative ELBO, each a scalar in nats, summed over a batch."""
+    """What is minimised and its terms, each a scalar in nats, summed over a batch."""
 
-    loss: Tensor  # bce + kl_weight · kld
-    bce: Tensor  # −log p(x|z)
+    loss: Tensor  # the negative bound: bce + kl_weight · kld for the ELBO
+    bce: Tensor  # −log p(x|z), the mean over draws of z
     kld: Tensor  # KL(q(z|x) ‖ p(z))
 
 
@@ -102,8 +109,13 @@ def hidden_layers(sizes: Sequence[int], activation: Activation) -> list[nn.Modul
     return [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), ACTIVATIONS[activation]())]
 
 
+def log_prior(z: Tensor) -> Tensor:
+    """log p(z) = log N(z; 0, I) at points (…, Z), (…)."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=-1)
+
+
 def negative_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
-    """−log p(x|z) of images (B, D) under logits (B, D), in nats per image, (B,).
+    """−log p(x|z) of images (…, D) under logits (…, D), in nats per image, (…).
 
     The Bernoulli form is used for gray pixels in [0, 1] too, as is usual for this model. It is then no
     normalised density: compare it with other gray results only.
@@ -111,7 +123,7 @@ def negative_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=-1)
 
 
-def negative_elbo(logits: Tensor, x: Tensor, posterior: Posterior, kl_weight: float = 1.0) -> Loss:
+def negative_elbo(logits: Tensor, x: Tensor, posterior: Posterior, kl_weight: float | Tensor = 1.0) -> Loss:
     """−ELBO = E_q[−log p(x|z)] + kl_weight · KL(q(z|x) ‖ p(z)), with one draw of z, summed over the batch.
 
     Equation (10) of Kingma & Welling; kl_weight ≠ 1 is the β of Higgins et al., "beta-VAE", ICLR 2017.
@@ -119,6 +131,22 @@ def negative_elbo(logits: Tensor, x: Tensor, posterior: Posterior, kl_weight: fl
     bce = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
     kld = posterior.kld().sum()
     return Loss(bce + kl_weight * kld, bce, kld)
+
+
+def negative_iwae_bound(
+    logits: Tensor, x: Tensor, z: Tensor, posterior: Posterior, kl_weight: float | Tensor = 1.0
+) -> Loss:
+    """−log 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x) of images x (B, D), summed over the batch.
+
+    z (K, B, Z) are draws from q(z|x), and logits (K, B, D) what they decode to. Equation (8) of Burda et al.,
+    "Importance Weighted Autoencoders", ICLR 2016, https://arxiv.org/abs/1509.00519: the expectation is the ELBO for
+    K = 1, and comes closer to log p(x) as K grows. kl_weight is an exponent of p(z_k) / q(z_k|x).
+    """
+    bce = negative_log_likelihood(logits, x.expand_as(logits))  # (K, B)
+    log_ratio = log_prior(z) - posterior.log_prob(z)  # (K, B), log p(z) / q(z|x)
+    log_weight = kl_weight * log_ratio - bce  # (K, B)
+    bound = log_weight.logsumexp(dim=0) - math.log(len(z))  # (B,)
+    return Loss(-bound.sum(), bce.mean(dim=0).sum(), posterior.kld().sum())
 
 
 def to_pixels(logits: Tensor) -> Tensor:
