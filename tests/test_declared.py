@@ -236,6 +236,14 @@ def test_a_changed_figure_does_not_train_again(pipeline):
     assert stages_run(planned) == ["evaluate", "render_samples", "render_grid"]
 
 
+def test_no_parameter_of_a_section_that_is_declared_whole_has_a_name_that_dvc_overlooks():
+    """DVC's run cache takes these for facts about a file, and would give back results of another value."""
+    params = YAML(typ="safe").load(REPOSITORY / "params.yaml")
+    whole = {param for stage in STAGES for param in declared(stage).params if param in params}
+    assert {"model", "train"} <= whole
+    assert not {name for section in whole for name in params[section]} & {"size", "nfiles"}
+
+
 # imports
 
 

@@ -16,7 +16,7 @@ from mnist_vae.params.memory import memory_of_machine
 COMMITTED = Path(__file__).parent.parent / "params.yaml"
 TEXT = COMMITTED.read_text(encoding="utf-8")
 EVERY_NAME = list(load_params(COMMITTED).flat("data", "model", "train", "evaluate", "samples", "grid"))
-FLOATS = ["kl_weight", "learning_rate", "eps", "weight_decay", "min_delta"]
+FLOATS = ["kl_weight", "kl_warmup", "learning_rate", "eps", "weight_decay", "min_delta"]
 NUMBERS = [name for name in EVERY_NAME if re.search(rf"(?m)^  {name.partition('.')[2]}: *\d", TEXT)]
 ENV = os.environ | {"PYTHONPATH": str(COMMITTED.parent / "src")}
 
@@ -85,6 +85,8 @@ def test_the_committed_defaults_are_the_notebooks():
         "train.epochs": 10,
         "train.batch_size": 64,
         "train.kl_weight": 1.0,
+        "train.kl_warmup": 0,
+        "train.importance_samples": 1,
         "train.learning_rate": 1e-3,
         "train.schedule": "constant",
         "train.betas": [0.9, 0.99],
@@ -138,6 +140,8 @@ def test_there_may_be_no_fallback(load_with):
         ("train.seed", 0),
         ("train.seed", 2**32 - 1),
         ("train.kl_weight", 0),
+        ("train.kl_warmup", 1),
+        ("train.importance_samples", 1_000),
         ("train.schedule", "one_cycle"),
         ("train.betas", [0.0, 0.999]),
         ("train.weight_decay", 0),
@@ -219,6 +223,8 @@ def test_no_parameter_takes_a_value_of_another_type(complaint_about, load_with, 
         ("train.betas", "0.9", "train.betas is 0.9; it must be a list in square brackets"),
         ("train.betas", "[0.9]", "train.betas has 1 values; it must have at least 2"),
         ("train.betas", "[0.9, 0.99, 0.999]", "train.betas has 3 values; it must have at most 2"),
+        ("train.kl_warmup", "1.01", "train.kl_warmup is 1.01; it must be at most 1"),
+        ("train.importance_samples", "1000001", "train.importance_samples is 1000001; it must be at most 1000000"),
         ("model.activation", "gelu", "model.activation is 'gelu'; it must be relu or tanh"),
         ("model.hidden_dims", "256", "model.hidden_dims is 256; it must be a list in square brackets"),
         ("model.hidden_dims", "[]", "model.hidden_dims has 0 values; it must have at least 1"),
@@ -244,6 +250,8 @@ def test_the_message_says_what_the_value_is_and_what_it_must_be(complaint_about,
         ("train.seed", -1),
         ("train.batch_size", 0),
         ("train.kl_weight", -0.1),
+        ("train.kl_warmup", -0.1),
+        ("train.importance_samples", 0),
         ("train.learning_rate", -1e-3),
         ("train.betas", [-0.1, 0.99]),
         ("train.eps", 0),
@@ -340,6 +348,7 @@ def eight_gigabytes(monkeypatch):
         ("model.hidden_dims", [1_000_000], "training", "89.2 GB"),
         ("model.hidden_dims", [1_000_000], "the evaluation", "86.4 GB"),
         ("model.hidden_dims", [256, 1_000_000, 256], "training", "58.4 GB"),
+        ("train.importance_samples", 1_000_000, "training", "533 GB"),
         ("evaluate.neighbours", 60_000, "the evaluation", "24.1 GB"),
     ],
 )
@@ -390,13 +399,20 @@ WORK = {
         "from mnist_vae.params import Train\nfrom mnist_vae.training.fit import fit",
         "fit(torch.zeros(128, 28, 28, dtype=torch.uint8).numpy(), VAEConfig(({size},)), train)",
         10_000,
-        lambda size: memory.training_bytes([size], 2, 64),
+        lambda size: memory.training_bytes([size], 2, 64, 1),
     ),
     "training of several layers": (
         "from mnist_vae.params import Train\nfrom mnist_vae.training.fit import fit",
         "fit(torch.zeros(128, 28, 28, dtype=torch.uint8).numpy(), VAEConfig(({size}, {size})), train)",
         2_000,
-        lambda size: memory.training_bytes([size, size], 2, 64),
+        lambda size: memory.training_bytes([size, size], 2, 64, 1),
+    ),
+    "training on the IWAE bound": (
+        "from mnist_vae.params import Train\nfrom mnist_vae.training.fit import fit",
+        "train = train.model_copy(update=dict(importance_samples={size}))\n"
+        "fit(torch.zeros(128, 28, 28, dtype=torch.uint8).numpy(), VAEConfig(), train)",
+        500,
+        lambda size: memory.training_bytes([256], 2, 64, size),
     ),
     "evaluation": (
         "from mnist_vae.evaluation.likelihood import quadrature_nll",

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mnist_vae.data.dataset import hold_out
 from mnist_vae.errors import UserError
-from mnist_vae.model.vae import VAE, negative_elbo
+from mnist_vae.model.vae import VAE, negative_elbo, negative_iwae_bound
 from mnist_vae.training.data_module import Chunks
 from mnist_vae.training.fit import fit, seed_everything
-from mnist_vae.training.module import pixels
+from mnist_vae.training.module import VAETraining, pixels
 from stages.stage import Stopped, end_on_signals
 from tests.training import CONFIG, Recorder, settings, weights
 
@@ -66,8 +66,9 @@ def test_there_is_a_row_per_epoch_numbered_from_1(images):
     assert all(set(row) == {"epoch", "loss", "bce", "kld"} for row in history)
 
 
-def test_the_loss_is_bce_plus_weighted_kl(images):
-    for row in fit(images, CONFIG, settings(kl_weight=3.0)).history:
+@pytest.mark.parametrize("kl_warmup", [0, 0.5, 1])
+def test_the_loss_is_bce_plus_weighted_kl_also_while_the_weight_rises(images, kl_warmup):
+    for row in fit(images, CONFIG, settings(kl_weight=3.0, kl_warmup=kl_warmup)).history:
         assert row["loss"] == pytest.approx(row["bce"] + 3 * row["kld"], rel=1e-5)
 
 
@@ -162,6 +163,60 @@ def test_the_kl_weight_trades_reconstruction_for_prior(images):
     assert light["bce"] < heavy["bce"]
 
 
+@pytest.mark.parametrize("kl_warmup", [0, 0.25, 0.3, 1])
+def test_the_kl_weight_rises_in_a_line_over_its_share_of_all_steps(kl_warmup):
+    chosen = settings(epochs=4, batch_size=16, kl_weight=3.0, kl_warmup=kl_warmup)
+    module = VAETraining(VAE(CONFIG), chosen, None, train_images=100)
+
+    rising = [kl_warmup and 3 * step / (kl_warmup * 4 * 7) for step in range(4 * 7 + 1)]
+    expected = [min(3, weight) if kl_warmup else 3 for weight in rising]
+
+    assert [module.kl_weight(step) for step in range(4 * 7 + 1)] == pytest.approx(expected, rel=1e-12)
+    assert module.kl_weight(4 * 7) == 3
+
+
+@pytest.mark.parametrize("draws", [1, 5])
+def test_each_step_minimises_the_bound_with_its_own_kl_weight(images, draws):
+    # With so large an eps, the scale of the gradient decides the step. 50 steps an epoch, in two chunks.
+    large = {"epochs": 2, "batch_size": 2, "eps": 1e3, "learning_rate": 0.3, "weight_decay": 0.0, "betas": [0.0, 0.99]}
+    chosen = settings(**large, kl_weight=4.0, kl_warmup=0.75, importance_samples=draws)
+
+    vae, step = first_weights(), 0
+    adam = torch.optim.Adam(vae.parameters(), lr=0.3, betas=(0.0, 0.99), eps=1e3)
+    for _ in range(2):
+        for x in shuffled(images).split(2):
+            kl_weight = 4 * min(1, step / 75)
+            if draws == 1:
+                logits, posterior = vae(x)
+                loss = negative_elbo(logits, x, posterior, kl_weight).loss
+            else:
+                posterior = vae.encode(x)
+                z = posterior.sample(draws=draws)
+                loss = negative_iwae_bound(vae.decode(z), x, z, posterior, kl_weight).loss
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            step += 1
+
+    trained = weights(fit(images, CONFIG, chosen).vae)
+    torch.testing.assert_close(trained, weights(vae), rtol=1e-3, atol=1e-4)
+    assert (trained - weights(fit(images, CONFIG, chosen.model_copy(update={"kl_warmup": 0})).vae)).abs().max() > 0.01
+
+
+def test_with_several_draws_the_loss_is_the_negative_iwae_bound_per_image(images):
+    chosen = settings(epochs=1, batch_size=99, importance_samples=5, kl_weight=2.0, kl_warmup=1, **STANDING_STILL)
+    (row,) = fit(images, CONFIG, chosen).history
+
+    vae, total = first_weights(), torch.zeros(3)
+    with torch.no_grad():
+        for x in shuffled(images).split(99):
+            posterior = vae.encode(x)
+            z = posterior.sample(draws=5)
+            total += torch.stack(negative_iwae_bound(vae.decode(z), x, z, posterior, 2.0))
+    loss, bce, kld = (total / 100).tolist()
+    assert row == pytest.approx({"epoch": 1, "loss": loss, "bce": bce, "kld": kld}, rel=1e-5)
+
+
 def test_a_constant_rate_is_constant_and_a_one_cycle_rate_rises_to_its_peak_and_falls(images, monkeypatch):
     rates, step = [], torch.optim.Adam.step
 
@@ -203,6 +258,15 @@ def test_training_stops_when_the_training_loss_no_longer_improves_enough(images)
 
 def test_training_goes_on_while_the_loss_improves(images):
     assert len(fit(images, CONFIG, settings(epochs=8, patience=0)).history) == 8
+
+
+@pytest.mark.parametrize("validation_size", [0, 30])
+def test_early_stopping_begins_to_watch_when_the_kl_weight_has_risen(images, validation_size):
+    improving_too_little = settings(
+        epochs=12, patience=2, min_delta=1e6, kl_warmup=0.5, validation_size=validation_size
+    )
+
+    assert len(fit(images, CONFIG, improving_too_little).history) == 6 + 2
 
 
 def test_with_images_held_out_early_stopping_watches_their_loss(images):
@@ -265,6 +329,27 @@ def test_the_validation_loss_is_that_of_the_model_at_the_epochs_end_per_image(im
 
     assert [row["val_loss"] for row in history] == pytest.approx(measured, rel=1e-5)
     assert all(row["val_loss"] == pytest.approx(row["val_bce"] + row["val_kld"]) for row in history)
+
+
+def test_with_several_draws_the_validation_loss_is_the_same_bound_with_the_same_noise_at_every_epoch(images):
+    _, held_out = hold_out(np.arange(100), 30, seed=1)
+    x = torch.from_numpy(images[held_out]).flatten(1).float() / 255
+    measured = []
+
+    def measure(vae):
+        noise, total = torch.Generator().manual_seed(1), 0.0
+        with torch.no_grad():
+            for part in x.split(6):  # 30 images, five draws each
+                posterior = vae.encode(part)
+                z = posterior.sample(noise, draws=5)
+                total += negative_iwae_bound(vae.decode(z), part, z, posterior).loss.item()
+        measured.append(total / 30)
+
+    chosen = settings(epochs=3, validation_size=30, importance_samples=5, kl_warmup=0.7)
+    history = fit(images, CONFIG, chosen, callbacks=[AtEpochEnd(measure)]).history
+
+    assert [row["val_loss"] for row in history] == pytest.approx(measured, rel=1e-5)
+    assert all(row["val_loss"] < row["val_bce"] + row["val_kld"] for row in history)
 
 
 def test_fit_returns_the_weights_of_the_epoch_with_the_lowest_validation_loss(images):
@@ -438,7 +523,8 @@ def test_images_stay_bytes_in_memory(images):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_step_trains_as_the_plain_one_does(images):
-    plain, compiled = (fit(images, CONFIG, settings(compile=mode)).losses for mode in ("none", "default"))
+@pytest.mark.parametrize("changes", [{}, {"importance_samples": 3, "kl_warmup": 0.5}])
+def test_a_compiled_step_trains_as_the_plain_one_does(images, changes):
+    plain, compiled = (fit(images, CONFIG, settings(compile=mode, **changes)).losses for mode in ("none", "default"))
 
     assert compiled == pytest.approx(plain, rel=0.02)

@@ -32,7 +32,7 @@ _CONTENDERS = {
 }
 
 MEANINGS: dict[str, Meaning] = {
-    "loss": Meaning(_NATS, "what training minimises: bce + kl_weight · kld, z sampled", _KINGMA),
+    "loss": Meaning(_NATS, "bce + kl_weight · kld, z sampled: what training minimises with one draw of z", _KINGMA),
     "loss_se": Meaning(_NATS, "standard error of loss over draws of z"),
     "bce": Meaning(_NATS, "−log p(x|z) with z from q(z|x): the reconstruction term", _KINGMA),
     "kld": Meaning(_NATS, "KL(q(z|x) ‖ p(z)), exact", _KINGMA),

@@ -15,10 +15,11 @@ def weights(hidden_dims: list[int], latent_dim: int) -> int:
     return 2 * between + 3 * hidden_dims[-1] * latent_dim
 
 
-def training_bytes(hidden_dims: list[int], latent_dim: int, batch_size: int) -> int:
+def training_bytes(hidden_dims: list[int], latent_dim: int, batch_size: int, importance_samples: int) -> int:
     """Weights, gradients, Adam's two moments, and copies on the way to a checkpoint; what a mini-batch computes."""
     images = min(batch_size, 60_000)
-    return 56 * weights(hidden_dims, latent_dim) + 16 * images * (784 + sum(hidden_dims))
+    decoded = images * importance_samples
+    return 56 * weights(hidden_dims, latent_dim) + 8 * (images + decoded) * (784 + sum(hidden_dims))
 
 
 def evaluation_bytes(hidden_dims: list[int], latent_dim: int, neighbours: int, quality_images: int) -> int:
@@ -41,7 +42,11 @@ def grid_bytes(size: int, hidden_dims: list[int]) -> int:
 
 # Estimates for MNIST's 60,000 + 10,000 images; the factors are of the resident memory that was measured.
 NEEDS: tuple[tuple[str, Callable[..., int], tuple[str, ...]], ...] = (
-    ("training", training_bytes, ("model.hidden_dims", "model.latent_dim", "train.batch_size")),
+    (
+        "training",
+        training_bytes,
+        ("model.hidden_dims", "model.latent_dim", "train.batch_size", "train.importance_samples"),
+    ),
     (
         "the evaluation",
         evaluation_bytes,

@@ -58,6 +58,8 @@ class Train(Section):
     epochs: Count
     batch_size: Count
     kl_weight: NonNegative
+    kl_warmup: Annotated[float, Field(ge=0, le=1)]
+    importance_samples: Count
     learning_rate: Positive
     schedule: Literal["constant", "one_cycle"]
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)]

@@ -97,7 +97,10 @@ class Keep(ModelCheckpoint):
 
 
 class ResumableEarlyStopping(EarlyStopping):
-    """Early stopping that stays stopped: a run killed between its last epoch and its end trains no further epoch."""
+    """Early stopping that stays stopped: a run killed between its last epoch and its end trains no further epoch.
+
+    It begins to watch when the KL weight has risen: before, the loss may grow though training goes as it should.
+    """
 
     def __init__(self, settings: Train, *, validation: bool) -> None:
         super().__init__(
@@ -106,6 +109,11 @@ class ResumableEarlyStopping(EarlyStopping):
             min_delta=settings.min_delta,
             check_on_train_epoch_end=True,
         )
+        self.watch_from = settings.kl_warmup * settings.epochs  # epochs
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch + 1 >= self.watch_from:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.stopped_epoch:

@@ -1,6 +1,7 @@
 """The optimisation of a VAE as a LightningModule around vae.py."""
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -10,18 +11,19 @@ from torch import Tensor
 
 from mnist_vae.errors import UserError
 from mnist_vae.model.latent import to_unit
-from mnist_vae.model.vae import VAE, Loss, negative_elbo
+from mnist_vae.model.vae import VAE, Loss, negative_elbo, negative_iwae_bound
 from mnist_vae.params import Train
 
 Losses = dict[str, float]  # loss, bce, kld (and val_…), nats per image
 
 
 class VAETraining(L.LightningModule):
-    """Adam on the negative ELBO, summed over a mini-batch.
+    """Adam on the negative ELBO, or on the negative IWAE bound, summed over a mini-batch.
 
     What Lightning sees as one batch is a chunk of mini-batches (``data_module.CHUNK`` says why), each with an optimiser
     step of its own: manual optimisation. Losses are in nats per image, once per epoch: logged as ``train/loss``, …,
-    monitored as ``train_loss`` and ``val_loss``, and kept in ``history``.
+    monitored as ``train_loss`` and ``val_loss``, and kept in ``history``; always with the full KL weight, also while
+    that which is minimised has a lower one (``kl_weight``).
     """
 
     def __init__(self, vae: VAE, settings: Train, redraw_seed: int | None, train_images: int) -> None:
@@ -39,10 +41,32 @@ class VAETraining(L.LightningModule):
     def _generator(self, seed: int | None) -> torch.Generator | None:
         return None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
-    def _terms(self, x: Tensor, generator: torch.Generator | None = None) -> Loss:
-        """The loss of a mini-batch (B, D), summed over it."""
-        logits, posterior = self.vae(x, generator)
-        return negative_elbo(logits, x, posterior, self.settings.kl_weight)
+    def _terms(
+        self, x: Tensor, generator: torch.Generator | None = None, kl_weight: Tensor | None = None
+    ) -> tuple[Tensor, Loss]:
+        """What to minimise on a mini-batch (B, D), and the loss to report, both summed over it.
+
+        The first differs from the loss where it has a ``kl_weight`` of its own.
+        """
+        draws = self.settings.importance_samples
+        if draws == 1:
+            logits, posterior = self.vae(x, generator)
+            negative_bound = partial(negative_elbo, logits, x, posterior)
+        else:
+            posterior = self.vae.encode(x)
+            z = posterior.sample(generator, draws)  # (K, B, Z)
+            negative_bound = partial(negative_iwae_bound, self.vae.decode(z), x, z, posterior)
+        reported = negative_bound(self.settings.kl_weight)
+        return reported.loss if kl_weight is None else negative_bound(kl_weight).loss, reported
+
+    def kl_weight(self, step: int) -> float:
+        """The KL weight at an optimiser step of the whole training, from 0.
+
+        kl_weight · min(1, step / rise), where rise is the share kl_warmup of all steps.
+        """
+        settings = self.settings
+        rise = settings.kl_warmup * settings.epochs * self.steps_per_epoch
+        return settings.kl_weight if step >= rise else settings.kl_weight * step / rise
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         settings = self.settings
@@ -85,10 +109,13 @@ class VAETraining(L.LightningModule):
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         assert not isinstance(schedule, list)
         totals = [torch.zeros(3, device=self.device)]  # after each step
-        for images in chunk.split(self.settings.batch_size):
-            terms = self.terms(pixels(images, self.redraw))
+        steps_before = self.current_epoch * self.steps_per_epoch + self.steps
+        for step, images in enumerate(chunk.split(self.settings.batch_size), steps_before):
+            weight = self.kl_weight(step)
+            rising = None if weight == self.settings.kl_weight else torch.tensor(weight, device=self.device)
+            minimised, terms = self.terms(pixels(images, self.redraw), kl_weight=rising)
             optimizer.zero_grad()
-            self.manual_backward(terms.loss)
+            self.manual_backward(minimised)
             optimizer.step()
             if schedule is not None:
                 schedule.step()
@@ -116,7 +143,10 @@ class VAETraining(L.LightningModule):
         self.noise = self._generator(self.settings.seed)
 
     def validation_step(self, images: Tensor, index: int) -> None:
-        self.val_sums.append(torch.stack(self._terms(pixels(images), self.noise)))
+        fewer = max(1, len(images) // self.settings.importance_samples)  # so that memory does not grow with the draws
+        for block in images.split(fewer):
+            _, terms = self._terms(pixels(block), self.noise)
+            self.val_sums.append(torch.stack(terms))
         self.val_images += len(images)
 
     def on_validation_epoch_end(self) -> None:
