@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +22,13 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=f"{', '.join(QUESTIONS)}; only printed"
     )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds of each question, instead of 3: one takes a third of the time"
+    )
     arguments = parser.parse_args()
+    effort = QUICK if arguments.quick else FULL
+    if arguments.rounds is not None:
+        effort = replace(effort, rounds=arguments.rounds, long_rounds=arguments.rounds)
 
     lines, started = machine(), time.perf_counter()
     with TemporaryDirectory(prefix="benchmarks-", ignore_cleanup_errors=True) as folder:
@@ -29,14 +36,15 @@ def main() -> None:
             measure("prepare", Path(folder))
         except MeasurementError as error:
             sys.exit(
-                f"benchmarks: they need MNIST (see MNIST_MIRROR in README.md), and its preparation failed.\n{error}"
+                f"benchmarks: they need MNIST (docs/experiments.md, MNIST_MIRROR), and its preparation failed.\n{error}"
             )
         if arguments.quick:
             lines.append(
                 "QUICK: one round on a fraction of the images and epochs. The limits are not meant for these numbers."
             )
+        lines.append(f"Rounds: {effort.rounds}")
         names, sections = arguments.only or list(QUESTIONS), []
-        for section in answer(Bench(Path(folder), QUICK if arguments.quick else FULL), names):
+        for section in answer(Bench(Path(folder), effort), names):
             sections.append(section)
             duration = f"Duration: {(time.perf_counter() - started) / 60:.0f} minutes"
             text = render(sections, [*lines, duration])

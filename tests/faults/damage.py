@@ -23,13 +23,30 @@ def _cut(lab: Lab, path: str, keep: float, state: State) -> None:
     file.write_bytes(content[: int(keep * len(content))])
 
 
-def cached(path: str, linked: bool, state: State, content: bytes = b"") -> Callable[[Lab], None]:
-    """An object of DVC's cache is empty, and so is the file where the two are one."""
-    return partial(_cached, path=path, linked=linked, state=state, content=content)
+def cached(path: str, content: bytes, linked: bool) -> Callable[[Lab], None]:
+    """An object of DVC's cache is damaged, and so is the file that was made from it, by a link or by a copy.
+
+    The stage that reads it says so; DVC's cache is rid of it then, and the next `dvc repro` makes it again.
+    """
+    return partial(_cached, path=path, content=content, linked=linked)
 
 
-def _cached(lab: Lab, path: str, linked: bool, state: State, content: bytes) -> None:
-    lab.begin(state)
+def _cached(lab: Lab, path: str, content: bytes, linked: bool) -> None:
+    lab.begin("downloaded" if path.startswith("data/") else "trained")
+    damage_object(lab, path, content, linked)
+    lab.fail().says("was damaged on the disk; it is removed", f"{path} is")
+
+
+def cached_unread(lab: Lab) -> None:
+    """The same where no stage is to run: nobody reads the file, and DVC itself says that it is empty."""
+    lab.begin("finished")
+    damage_object(lab, "models/vae.safetensors", b"", linked=True)
+    lab.repro().says("'models/vae.safetensors' is empty")
+    lab.repro("--force", "--single-item", "train")
+
+
+def damage_object(lab: Lab, path: str, content: bytes, linked: bool) -> None:
+    """Overwrite an object of DVC's cache and the output that belongs to it."""
     file, found = lab.clone / path, object_of(lab, path)
     found.chmod(0o644)
     found.write_bytes(content)
@@ -37,23 +54,14 @@ def _cached(lab: Lab, path: str, linked: bool, state: State, content: bytes) -> 
     file.unlink()
     if linked:
         os.link(found, file)
-    # Whoever asks DVC for the file gets the damaged one: it trusts its cache unread.
+    else:
+        file.write_bytes(content)
 
 
 def object_of(lab: Lab, path: str) -> Path:
     """Where DVC's cache has an output."""
     md5 = outputs(lab.clone)[path]
     return lab.clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
-
-
-def every_object_empty(lab: Lab) -> None:
-    lab.begin("finished")
-    for path in ("data/dataset.npz", "data/dataset.json", "models/vae.safetensors", "metrics/report.md"):
-        found = object_of(lab, path)
-        found.chmod(0o644)
-        found.write_bytes(b"")
-        (lab.clone / path).unlink()
-        os.link(found, lab.clone / path)
 
 
 def removed(*paths: str) -> Callable[[Lab], None]:
@@ -66,6 +74,18 @@ def _removed(lab: Lab, paths: tuple[str, ...]) -> None:
     for path in paths:
         target = lab.clone / path
         shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def store_removed(lab: Lab) -> None:
+    """MLflow's store is gone, and nothing is to run: `make sync` makes it again from the journal."""
+    _removed(lab, ("mlflow.db", "mlruns"))
+    lab.sync().succeeded()
+
+
+def tracking_removed(lab: Lab) -> None:
+    """Store and journal are gone: only running again tells them anew."""
+    _removed(lab, ("mlflow.db", "mlruns", "journal"))
+    lab.repro("--force")
 
 
 def checkpoint(change: Callable[[bytes], bytes]) -> Callable[[Lab], None]:

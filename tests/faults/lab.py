@@ -32,7 +32,7 @@ OFFLINE = {"MNIST_MIRROR": "", "http_proxy": NOBODY, "https_proxy": NOBODY, "no_
 
 
 def make_states(folder: Path) -> Path:
-    """The undisturbed run in ``folder``: copies of the clone at its start, after download, after train and at its end."""
+    """The undisturbed run in ``folder``: copies of the clone at its start, after download, after train, at its end."""
     clone = clone_working_tree(folder / "fresh")
     run(clone, "git", "config", "maintenance.auto", "false")  # it would change a clone while that is copied
     with (clone / ".git/info/exclude").open("a") as file:
@@ -245,7 +245,7 @@ class Command:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=heed_signals,  # noqa: PLW1509
+                preexec_fn=heed_signals,
             )
 
     def wait(self, timeout: float = 300) -> Said:

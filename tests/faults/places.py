@@ -17,7 +17,7 @@ def _named(lab: Lab, name: str) -> None:
     (lab.clone.parent / "elsewhere").mkdir()
     lab.repro()
     assert {path.name for path in lab.clone.parent.iterdir()} == {"mnist-vae", "elsewhere"}
-    assert not [path for path in lab.folder.glob("*.db*")]
+    assert not list(lab.folder.glob("*.db*"))
 
 
 def without_git(lab: Lab) -> None:

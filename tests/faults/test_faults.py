@@ -13,10 +13,10 @@ from filelock import FileLock
 
 pytest.register_assert_rewrite("tests.faults")
 
-from tests.faults import lab as laboratory
-from tests.faults.__main__ import DOCUMENT, document
-from tests.faults.oracle import assert_whole
-from tests.faults.table import FAULTS, Fault
+from tests.faults import lab as laboratory  # noqa: E402  after the rewrite of its assertions
+from tests.faults.__main__ import DOCUMENT, document  # noqa: E402
+from tests.faults.oracle import assert_whole  # noqa: E402
+from tests.faults.table import FAULTS, Fault  # noqa: E402
 
 SEED = os.environ.get("FAULTS_SEED") or f"{datetime.now(UTC):%Y%m%d}"  # another sample each day, one for all workers
 

@@ -153,7 +153,6 @@ def killed_while_made(lab: Lab) -> None:
 def killed_while_sending(lab: Lab) -> None:
     """Killed when it has sent something and not noted it, again and again, a record further each time."""
     unsent(lab)
-    lab.sync(env=lab.rules({"at": "mnist_vae.files:write_json", "given": "sent-", "call": 2, "do": "SIGKILL"})).failed()
     attempts = 0
     rule = {"at": "mnist_vae.tracking.delivery:write_json", "given": "sent-", "call": 2, "do": "SIGKILL"}
     while lab.sync(env=lab.rules(rule)).status != 0:
