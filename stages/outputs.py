@@ -1,10 +1,12 @@
 """A stage's outputs as DVC recorded them: found again after a failure, and removed where they are damaged."""
 
+import configparser
 import hashlib
 import logging
 import os
 import re
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from mnist_vae.errors import UserError
-from mnist_vae.files import flush_to_disk, write_bytes
+from mnist_vae.files import SCRATCH, flush_to_disk, make_folder, write_bytes
 from stages import WORKSPACE
 
 OBJECT = re.compile(r"[0-9a-f]{30}(\.dir)?")  # the name of a file in DVC's cache; others are still being written
@@ -94,6 +96,42 @@ def remove_damaged(stage: str) -> list[Path]:
                 output.path.unlink()
                 damaged.append(output.path)
     return damaged
+
+
+def put_into_cache(stage: str) -> None:
+    """Put a stage's outputs into DVC's cache, flushed to the disk; DVC finds them there and copies nothing.
+
+    DVC does not wait for the disk. After a power cut its own copies may be empty, and it would put those in place of
+    the whole outputs. Where the cache is elsewhere, or full, this is left to DVC.
+    """
+    cache, scratch_folder = WORKSPACE / ".dvc/cache/files/md5", WORKSPACE / ".dvc/tmp"
+    if "DVC_STAGE" not in os.environ or not scratch_folder.is_dir() or _is_cache_elsewhere():
+        return
+    with suppress(OSError):
+        for path in declared(stage, "outs", "metrics", "plots"):
+            content = path.read_bytes()
+            name = md5(content)
+            target = cache / name[:2] / name[2:]
+            if target.is_file() and is_whole(target):
+                continue
+            with tempfile.TemporaryDirectory(dir=scratch_folder, prefix=f"{SCRATCH}{os.getpid()}-") as folder:
+                scratch = Path(folder, name)
+                scratch.write_bytes(content)
+                scratch.chmod(0o444)  # as DVC protects its objects
+                flush_to_disk(scratch)
+                make_folder(target.parent)
+                scratch.replace(target)
+            flush_to_disk(target.parent)
+
+
+def _is_cache_elsewhere() -> bool:
+    """Whether the project's settings name another folder for DVC's cache."""
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read([WORKSPACE / ".dvc/config", WORKSPACE / ".dvc/config.local"], encoding="utf-8")
+    except (configparser.Error, OSError, UnicodeDecodeError):
+        return True
+    return settings.has_option("cache", "dir")
 
 
 def check_cache() -> None:

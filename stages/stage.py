@@ -58,6 +58,7 @@ def run_tracked(name: str) -> None:
         with writable(Path.cwd()):
             main = importlib.import_module(f"stages.{name}").main
             main() if session is None else main(session)
+        outputs.put_into_cache(name)
     except BaseException as error:
         outputs.restore(name)
         status, reason = in_words(error)

@@ -379,7 +379,7 @@ import sqlalchemy
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mnist_vae.tracking import registry, sender
+from mnist_vae.tracking import delivery, registry
 from mnist_vae.tracking.journal import Journal
 from mnist_vae.tracking.store import Store
 from tests.tracking import whole_content
@@ -417,7 +417,7 @@ def statement(connection, cursor, statement, *_):
 
 counted(LocalArtifactRepository, "log_artifact", LocalArtifactRepository.log_artifact)
 counted(LocalArtifactRepository, "log_artifacts", LocalArtifactRepository.log_artifacts)
-counted(sender, "write_json", sender.write_json)
+counted(delivery, "write_json", delivery.write_json)
 
 def fresh():
     for folder in ("mlruns", "scratch"):
@@ -431,13 +431,13 @@ def send(moment):
     child = os.fork()
     if child == 0:
         left = moment
-        sender.Delivery(store, Journal(workspace, sys.argv[2])).send()
+        delivery.Delivery(store, Journal(workspace, sys.argv[2])).send()
         os._exit(0)
     return -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 shutil.copy(workspace / "mlflow.db", workspace / "fresh.db")
 store = Store(workspace)
-sender.Delivery(store, Journal(workspace, sys.argv[2])).send()
+delivery.Delivery(store, Journal(workspace, sys.argv[2])).send()
 expected = whole_content(workspace)
 for kept in (SqlAlchemyStore, Registry):
     for engine in kept._engine_map.values():

@@ -125,7 +125,8 @@ def replaced_by_pickle(content: bytes) -> bytes:
 
 def checkpoint_with_code(lab: Lab) -> None:
     _checkpoint(lab, replaced_by_pickle)
-    lab.repro()
+    lab.repro().says(*lab.next_says)
+    lab.next_says = ()
     assert not list(lab.clone.rglob("owned"))
 
 

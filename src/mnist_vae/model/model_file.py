@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from mnist_vae.files import atomic_write, read_or_refuse
+from mnist_vae.files import read_or_refuse, write_bytes
 from mnist_vae.model.vae import ACTIVATIONS, VAE, VAEConfig
 
 FORMAT = "mnist-vae/3"
@@ -46,8 +46,7 @@ def save_model(path: Path, model: SavedModel) -> None:
         "versions": {"torch": torch.__version__.partition("+")[0], "safetensors": safetensors.__version__},
     }
     about["sha256"] = _digest(about, model.vae.state_dict())
-    with atomic_write(path) as scratch:
-        save_file(model.vae.state_dict(), scratch, metadata={ENTRY: json.dumps(about, sort_keys=True)})
+    write_bytes(path, save(model.vae.state_dict(), metadata={ENTRY: json.dumps(about, sort_keys=True)}))
 
 
 def load_model(path: Path | str) -> SavedModel:
