@@ -198,7 +198,7 @@ def _power_cut(lab: Lab, moment: str) -> None:
     running.end()
     lab.kill_all()
     lab.wait_for_quiet()
-    tool("umount", disk)
+    lab.wait_for(lambda: tool("umount", disk, check=False), "the disk to be released")
     tool("mount", "-o", "loop", image, disk)
     # DVC and git do not flush what they write themselves.
     if lab.run("git", "status", "--porcelain").status:

@@ -126,3 +126,4 @@ def _log_model(store: Store, run_id: str, path: Path, part: str, model: LoggedMo
             ],
         )
         store.client.log_model_artifacts(model.model_id, str(folder))
+        store.flush_artifacts(model.artifact_location)

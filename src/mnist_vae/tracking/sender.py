@@ -29,9 +29,10 @@ from mnist_vae.tracking.store import Store, database_of, first_line
 
 POLL_S = 0.1
 PAUSES_S = (0.5, 1, 2, 5)  # before a store that failed is asked again; the last one from then on
-LAST_S = 10  # when the stage is over: for another process that is sending, and for what earlier stages left
+LAST_S = 10  # when the stage is over: for another program at the store or the journal, and for what was left
 LEAVE_S = 60  # when the stage is over, whatever a server does
 SYSTEM_METRICS_S = 2  # between two samples of what the machine does
+LOCKED = "database is locked"  # SQLite's words: another program has it for a moment
 GONE = "its process ended without a word"
 
 
@@ -81,7 +82,8 @@ class Sender:
             except Exception as error:  # whatever MLflow, its server or its database raise
                 failures, self.reason = failures + 1, first_line(error)
                 self.store, self.deliveries = None, {}
-            if is_over and (failures > 1 or (is_swept and not self.reason) or time.monotonic() - over_since > LAST_S):
+            is_refused = failures > 1 and LOCKED not in self.reason
+            if is_over and (is_refused or (is_swept and not self.reason) or time.monotonic() - over_since > LAST_S):
                 break
             pause = PAUSES_S[min(failures, len(PAUSES_S)) - 1] if failures else POLL_S
             time.sleep(pause) if is_over else self.closed.wait(pause)

@@ -73,6 +73,7 @@ class Store:
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back"
             )
         self.experiment: str = experiment.experiment_id
+        self.artifacts: str = experiment.artifact_location
         self.identity = (
             f"{experiment.experiment_id} {experiment.creation_time}"  # a store that is made anew has another
         )
@@ -171,6 +172,14 @@ class Store:
         self.client.log_artifact(run_id, str(picture))
         shown = f"![picture](get-artifact?path={picture.name}&run_uuid={run_id})"  # relative to MLflow's own page
         self.set_tags(run_id, {"mlflow.note.content": f"{shown}\n\n{text}"})
+
+    def flush_artifacts(self, location: str) -> None:
+        """Have the disk hold a folder of artifacts, for which MLflow does not wait; a server looks after its own."""
+        folder = Path(unquote(urlsplit(location).path))
+        if location.startswith("file:") and folder.is_dir():
+            above = (parent for parent in folder.parents if parent.is_relative_to(self.workspace))
+            for path in (*folder.rglob("*"), folder, *above):
+                flush_to_disk(path)
 
     def end_run(self, run_id: str, status: str, reason: str, at: int) -> None:
         """Say how a run ended, and why if not well; one that has this status already keeps its time."""
