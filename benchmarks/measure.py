@@ -45,7 +45,7 @@ class Sample:
 class Worker:
     """``benchmarks.worker`` at one task, started at once; ``result`` waits for it."""
 
-    def __init__(self, task: str, folder: Path, threads: int = 1, **arguments: Any) -> None:
+    def __init__(self, task: str, folder: Path, threads: int = 1, uri: str = "", **arguments: Any) -> None:
         self.name = f"{task} {json.dumps(arguments)}"
         self.errors = TemporaryFile("w+")  # noqa: SIM115  closed by result
         self.started = time.perf_counter()
@@ -58,6 +58,7 @@ class Worker:
                 OMP_NUM_THREADS=str(threads),
                 MKL_NUM_THREADS=str(threads),
                 MPLBACKEND="agg",
+                MLFLOW_TRACKING_URI=uri,
             ),
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -1,4 +1,4 @@
-"""The six questions: what is compared with what, and the limits that this project sets itself.
+"""The seven questions: what is compared with what, and the limits that this project sets itself.
 
 Each question is a method of ``Bench`` that measures and returns a ``Section``. Everything trains on the CPU except the
 last. Wherever an epoch is timed, the first one is warm-up and dropped, for all sides alike, unless said otherwise.
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.measure import Sample, Worker, alternate, available_cores, busy_process, measure
 from benchmarks.repro import STAGES, make_clone, repro, run_stage
 from benchmarks.results import Limit, Section
+from benchmarks.server import fail_three_times, mlflow_server, synchronise
 
 IMAGES = 60_000
 NOTEBOOK_EPOCHS = 10
@@ -36,6 +37,7 @@ class Effort:
     epochs: int = 1  # timed, after the warm-up
     fine_rounds: int = 5  # where a difference is small beside the noise
     fine_epochs: int = 5
+    pause: float = 2  # seconds between the failures of a server, and of each
     whole_epochs: int | None = None  # of the whole pipeline and the whole notebook, instead of the default
     seeds: tuple[int, ...] = (1, 2, 3)
     growth: tuple[int, ...] = (10_000, 60_000, 600_000)
@@ -51,6 +53,7 @@ QUICK = Effort(
     images=6_400,
     fine_rounds=1,
     fine_epochs=1,
+    pause=0.5,
     whole_epochs=1,
     seeds=(1,),
     growth=(2_000, 20_000),
@@ -262,6 +265,41 @@ class Bench:
             [Limit("two experiments side by side / one", two / one, 1.7, at_least=True)],
         )
 
+    def server(self) -> Section:
+        effort, number, epochs = self.effort, count(), self.effort.whole_epochs or NOTEBOOK_EPOCHS
+
+        def training(fails: bool) -> dict[str, Any]:
+            folder = self.folder / f"server-{next(number)}"
+            with mlflow_server(folder) as server:
+                worker = Worker(
+                    "pipeline", self.folder, uri=server.uri, workspace=str(folder), images=effort.images, epochs=epochs
+                )
+                server.wait_for_a_run()
+                if fails:
+                    fail_three_times(server, effort.pause)
+                result = worker.result()
+                synchronise(folder, server.uri)
+                if (found := server.steps("train/loss")) != list(range(1, epochs + 1)):
+                    raise RuntimeError(f"MLflow has train/loss at the steps {found} of {epochs}")
+                return result
+
+        steady, failing = "a server that runs", "killed and started again twice, then hanging"
+        calls = {steady: lambda: training(False), failing: lambda: training(True)}
+        found = alternate(calls, effort.long_rounds)
+        loops = {name: Sample.of(run["total"] for run in runs) for name, runs in found.items()}
+        walls = {name: Sample.of(run["wall"] for run in runs) for name, runs in found.items()}
+        pairs = zip(loops[failing].values, loops[steady].values, strict=True)
+        return Section(
+            "A server that fails",
+            f"{plural(epochs, 'epoch')} with the default parameters beside an `mlflow server` on the same machine: "
+            "one that runs, and one that is killed twice, comes back each time, and then hangs, "
+            f"{effort.pause:g} s each time. Loop: the training itself. Process: from its start to its end, with the "
+            "bounded wait for the server. Afterwards the run on the server has each epoch's loss once.",
+            ["server", "loop, s", "process, s"],
+            [[name, loops[name].text(), walls[name].text()] for name in loops],
+            [Limit("training beside the failing server / the other", median(a / b for a, b in pairs), 1.05)],
+        )
+
     def growth(self) -> Section:
         effort = self.effort
         middle = effort.draws[1]
@@ -351,6 +389,7 @@ QUESTIONS = {
     "pipeline": Bench.whole_pipeline,
     "quality": Bench.quality,
     "threads": Bench.thread_counts,
+    "server": Bench.server,
     "growth": Bench.growth,
     "gpu": Bench.gpu,
 }

@@ -77,10 +77,13 @@ def whole_notebook(epochs: int) -> dict[str, Any]:
     return {"seconds": seconds, "png_bytes": png_bytes}
 
 
-def pipeline(images: int | None = None, test: bool = False, kept: bool = True, **changes: Any) -> dict[str, Any]:
+def pipeline(
+    images: int | None = None, test: bool = False, kept: bool = True, workspace: str | None = None, **changes: Any
+) -> dict[str, Any]:
     """``fit`` as the stage train runs it, changed parameters aside.
 
     ``kept``: with a checkpoint and the losses and samples of each epoch, which go to the journal and on to MLflow.
+    ``workspace``: where the journal stays, so that what MLflow has not received can be sent later.
     Gives ``seconds`` per epoch; ``total``, those of the whole loop; ``test_loss`` in nats per image where asked for.
     """
     from benchmarks.clock import EpochClock
@@ -88,7 +91,11 @@ def pipeline(images: int | None = None, test: bool = False, kept: bool = True, *
     from mnist_vae.training.fit import fit
 
     train, x_train, clock = settings(**{"accelerator": "cpu", **changes}), training_images(images), EpochClock()
-    with keeping(train.seed) if kept else contextlib.nullcontext({"callbacks": [without_checkpoints()]}) as arguments:
+    with (
+        keeping(train.seed, workspace)
+        if kept
+        else contextlib.nullcontext({"callbacks": [without_checkpoints()]}) as arguments
+    ):
         arguments["callbacks"].append(clock)
         trained = fit(x_train, VAEConfig(), train, **arguments)
     result = {"seconds": clock.seconds, "total": trained.seconds, "data_bytes": x_train.nbytes}
@@ -96,10 +103,10 @@ def pipeline(images: int | None = None, test: bool = False, kept: bool = True, *
 
 
 @contextlib.contextmanager
-def keeping(seed: int) -> Iterator[dict[str, Any]]:
+def keeping(seed: int, workspace: str | None = None) -> Iterator[dict[str, Any]]:
     """What the stage train gives ``fit`` so that nothing is lost, in a workspace on the project's own disk.
 
-    MLflow is loaded when training begins; what that costs belongs to the start of a stage.
+    MLflow is loaded when training begins, unless it is on a server; what that costs belongs to the start of a stage.
     """
     from mnist_vae.model.vae import VAEConfig
     from mnist_vae.tracking.logger import JournalLogger
@@ -108,10 +115,11 @@ def keeping(seed: int) -> Iterator[dict[str, Any]]:
 
     disk = ROOT / ".dvc" / "tmp"
     disk.mkdir(exist_ok=True)
-    with TemporaryDirectory(prefix="benchmark-", dir=disk, ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(prefix="benchmark-", dir=disk, ignore_cleanup_errors=True) as scratch:
+        folder = workspace or scratch
         session = Session(Path(folder), "train")
         deadline = time.monotonic() + MLFLOW_TIME_LIMIT_S
-        while not Path(folder, "mlflow.db").exists():
+        while not os.environ.get("MLFLOW_TRACKING_URI") and not Path(folder, "mlflow.db").exists():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"MLflow has made no database within {MLFLOW_TIME_LIMIT_S} s")
             time.sleep(0.1)
@@ -122,7 +130,7 @@ def keeping(seed: int) -> Iterator[dict[str, Any]]:
             "checkpoints": Path(folder, "checkpoints"),
         }
         session.end("FINISHED")
-        if reason := session.outcome.get("reason"):
+        if workspace is None and (reason := session.outcome.get("reason")):
             raise RuntimeError(f"MLflow has not received everything: {reason}")
 
 
