@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import io
 import sys
 
 from stages import STAGES
@@ -15,6 +16,9 @@ def main() -> None:
             f"{sys.executable} has no {' and no '.join(missing)}: `make setup` installs what the stages need into "
             ".venv, where `dvc repro` finds it; or activate the environment that you installed requirements.lock into"
         )
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only ends no stage
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # Half of a short stage is imports, and looking for garbage among them takes a third of that, mostly at the end:
     # to import what train needs, and to end, took 4.9 s of CPU time, and takes 2.7 s with these two settings.
     gc.set_threshold(1_000_000)

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from mnist_vae.errors import UserError
-from mnist_vae.files import SCRATCH, flush_to_disk, make_folder, write_bytes
+from mnist_vae.files import SCRATCH, flush_to_disk, make_folder, writable, write_bytes
 from stages import WORKSPACE
 
 OBJECT = re.compile(r"[0-9a-f]{30}(\.dir)?")  # the name of a file in DVC's cache; others are still being written
@@ -143,7 +143,7 @@ def check_cache() -> None:
     cache, marker = WORKSPACE / ".dvc/cache/files/md5", WORKSPACE / ".dvc/tmp/cache-checked"
     since, now = marker.stat().st_mtime if marker.is_file() else 0.0, time.time()
     for found in cache.glob("??/*"):
-        with suppress(FileNotFoundError):  # another process may have removed it
+        with writable(found), suppress(FileNotFoundError):  # another process may have removed it
             if not OBJECT.fullmatch(found.name) or found.stat().st_ctime < since:
                 continue
             flush_to_disk(found)

@@ -77,13 +77,13 @@ def flood(status: int, **headers: object) -> Answer:
     return send(status, bytes(ENDLESS), Server="flood", **headers)
 
 
-def drip(beginning: bytes) -> Answer:
-    """``beginning``, then a byte every hundredth of a second, for longer than a test should wait."""
+def drip(beginning: bytes, interval: float = 0.01) -> Answer:
+    """``beginning``, then 500 bytes, one every ``interval`` seconds."""
 
     def answer(handler: Handler) -> None:
         handler.wfile.write(beginning)
         for _ in range(500):
-            if handler.server.closing.wait(0.01):
+            if handler.server.closing.wait(interval):
                 break
             handler.wfile.write(b"x")
 

@@ -22,6 +22,7 @@ SCRATCH = ".writing-"  # then the process id: what a killed process left behind 
 REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EIO: "the disk fails; save what is on it",
     errno.EROFS: "the file system is read-only; mount it for writing, or work in another folder",
     errno.ENOTDIR: "a file is where a folder should be; move it away",
     errno.EEXIST: "a file is where a folder should be; move it away",

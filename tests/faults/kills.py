@@ -13,6 +13,7 @@ from tests.faults.oracle import assert_outputs_equal, assert_trained
 
 Victim = Literal["stage", "sender", "dvc", "group"]
 GRACE_S = 20  # within which a stage ends after a signal, or after its dvc
+SENDER = ("mnist_vae.tracking.sender", "train")
 BEFORE: dict[str, State] = {"download": "fresh", "train": "downloaded"}  # the state in which a stage is to run
 
 
@@ -79,7 +80,11 @@ def _killed_at_random(lab: Lab, command: tuple[str, ...], victim: Victim) -> boo
         case "stage":
             kill(stage)
         case "sender":
-            kill(lab.sender_of("train"))
+            lab.wait_for(lambda: lab.find(*SENDER) or running.process.poll() is not None, "the sender")
+            if (sender := lab.find(*SENDER)) is None:  # the training was over before
+                running.wait()
+                return False
+            kill(sender)
         case "dvc":
             running.process.kill()
         case "group":

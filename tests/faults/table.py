@@ -460,9 +460,9 @@ FAULTS = [
     ),
     Fault(
         "no room for metrics",
-        "metrics/ on a disk of 4 kB",
+        "metrics/ on a disk that takes no more files",
         "as above",
-        disks.small("metrics", "4k", "evaluate"),
+        disks.small("metrics", "4k,nr_inodes=1"),
     ),
     Fault(
         "no room for the data",
@@ -762,7 +762,7 @@ FAULTS = [
         "mirror sends a byte a second",
         "MNIST_MIRROR sends, but hardly",
         "it ends after 20 s, in one line",
-        network.mirror(drip(b"HTTP/1.1 200 OK\r\n\r\n"), message="arrives too slowly"),
+        network.mirror(drip(b"HTTP/1.1 200 OK\r\n\r\n", interval=0.1), message="arrives too slowly"),
     ),
     Fault(
         "mirror resets connections",

@@ -17,11 +17,12 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-# Read while mlflow is imported. Its own retries would hide for minutes that a server is away.
+# Read while mlflow is imported. Its own retries would hide for minutes that a server is away, and make a second run
+# where only the answer to the first request was lost.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails is reported once, by us
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may hold a password
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 from mlflow import MlflowClient
