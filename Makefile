@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table clean lock
+.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table papers clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ verify: $(READY) ## run the pipeline in a fresh clone and compare every artifact
 
 table: $(READY) ## list the experiments as a narrow table (`dvc exp show` has all columns)
 	@dvc exp show --no-pager --drop '.*' --keep 'Experiment|model.latent_dim|(nll|elbo|kld|active_units|knn_accuracy)$$'
+
+papers: $(READY) ## run published settings and write docs/papers.md (hours; ROWS="svae-d2 …" takes some)
+	@python -m tools.papers $(ROWS)
 
 clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db, not the journal)
 	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache .mypy_cache .hypothesis dvc_plots dvc_plots_diff
