@@ -1,0 +1,73 @@
+"""The published rows, and the page that is made from them."""
+
+import json
+
+import pytest
+from ruamel.yaml import YAML
+
+from mnist_vae.params import Params
+from tools import papers
+from tools.papers import DOCUMENT, ROOT, Result, Row, document, in_yaml, read_results, read_rows
+
+ROW = {
+    "source": "Somebody (2020)",
+    "link": "https://example.org",
+    "table": "Table 1",
+    "quantity": "log-likelihood",
+    "published": -100.0,
+    "metric": "nll",
+    "differs": "nothing",
+    "params": {"train.epochs": 3},
+}
+FOUND = Result(value=98.5, error=0.25, epochs=3, seconds=61.4, processor="a processor", commit="abc1234")
+
+
+@pytest.mark.parametrize("name", read_rows())
+def test_the_parameters_of_each_row_are_parameters_of_the_pipeline(name):
+    params = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    for key, value in read_rows()[name].settings.items():
+        section, parameter = key.split(".")
+        assert parameter in params[section]
+        params[section][parameter] = value
+    Params(**params)
+
+
+def test_the_page_is_what_rows_and_results_say():
+    assert DOCUMENT.read_text(encoding="utf-8") == document(read_rows(), read_results())
+
+
+def test_document_gives_a_result_in_the_sign_of_its_source():
+    text = document({"one": Row(**ROW)}, {"one": FOUND})
+
+    assert "-98.50 ± 0.25" in text
+    assert "+1.50" in text
+
+
+def test_document_gives_a_loss_as_it_is():
+    text = document({"one": Row(**ROW | {"quantity": "loss", "published": 98.0, "metric": "loss"})}, {"one": FOUND})
+
+    assert " 98.50 ± 0.25" in text
+    assert "-0.50" in text
+
+
+def test_document_says_which_rows_have_not_been_run():
+    assert "not run yet" in document({"one": Row(**ROW)}, {})
+
+
+def test_read_rows_refuses_a_file_that_is_no_row(tmp_path):
+    (tmp_path / "odd.yaml").write_text(json.dumps(ROW | {"quantity": "perplexity"}))
+
+    with pytest.raises(SystemExit, match=r"odd\.yaml: quantity"):
+        read_rows(tmp_path)
+
+
+def test_main_refuses_a_row_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["papers", "svae-d3"])
+
+    with pytest.raises(SystemExit, match=r"no row is called svae-d3; there are .*svae-d2"):
+        papers.main()
+
+
+@pytest.mark.parametrize(("value", "text"), [([256, 128], "[256,128]"), (None, "null"), (0.003, "0.003"), ("a", "a")])
+def test_in_yaml_writes_a_value_as_dvc_reads_it(value, text):
+    assert in_yaml(value) == text
