@@ -55,10 +55,10 @@ def _beaten(store: Store, part: str, challenger: str, measured_on: Mapping[str, 
 
 def _crown(client: MlflowClient, versions: Mapping[str, str]) -> None:
     """Make versions the champions; that they have been will still be seen when others are."""
-    for part, version in versions.items():
-        client.set_registered_model_alias(REGISTERED[part], CHAMPION, version)
-    for part, version in versions.items():
-        client.set_model_version_tag(REGISTERED[part], version, CROWNED, "true")
+    for part, number in versions.items():
+        client.set_registered_model_alias(REGISTERED[part], CHAMPION, number)
+    for part, number in versions.items():
+        client.set_model_version_tag(REGISTERED[part], number, CROWNED, "true")
 
 
 def _crowned(client: MlflowClient, part: str) -> dict[str, ModelVersion]:
@@ -84,9 +84,7 @@ def _settle(store: Store, measured_on: Mapping[str, str], former: Mapping[str, C
         _crown(store.client, wanted)
 
 
-def _champions(
-    store: Store, measured_on: Mapping[str, str], former: Mapping[str, Collection[str]]
-) -> dict[str, str]:
+def _champions(store: Store, measured_on: Mapping[str, str], former: Mapping[str, Collection[str]]) -> dict[str, str]:
     """The versions that should be champions, both of one run.
 
     They are those of the decoder's alias, or of the encoder's where there is no other: a process may have been killed

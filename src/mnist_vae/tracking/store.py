@@ -59,11 +59,15 @@ class Store:
             self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             experiment = _experiment(self.client, workspace, self.uri)
         except Exception as error:
-            remedy = (
-                f"see that MLFLOW_TRACKING_URI is right and its server runs, or unset it for {DATABASE} in this folder"
-                if given
-                else f"if it stays so, move {DATABASE} away, and `make sync` makes another from the journal"
-            )
+            if not given:
+                remedy = f"if it stays so, move {DATABASE} away, and `make sync` makes another from the journal"
+            elif "error code 401" in str(error):
+                remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user of this server"
+            else:
+                remedy = (
+                    "see that MLFLOW_TRACKING_URI is right and its server runs, "
+                    f"or unset it for {DATABASE} in this folder"
+                )
             raise UserError(
                 f"MLflow's store {redact(self.uri)} does not open: {first_line(error)}; {remedy}"
             ) from error
