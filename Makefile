@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-faults test-shared lint audit ui sync plots bench bench-quick verify table clean lock
+.PHONY: help setup run test test-fast test-faults test-shared lint audit ui sync share plots bench bench-quick verify table clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,7 +39,7 @@ test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 ta
 	@FAULTS=$(FAULTS) python -m pytest tests/faults --numprocesses 2
 
 test-shared: $(READY) ## test what is shared, with PostgreSQL, a tracking server and S3 on this machine
-	@python -m pytest -m shared
+	@python -m pytest --numprocesses 2 --dist loadfile -m shared
 
 lint: $(READY) ## check style, format and types
 	@ruff check
@@ -54,6 +54,9 @@ ui: $(READY) ## open the runs of this project in MLflow: http://127.0.0.1:5000
 
 sync: $(READY) ## send MLflow what it has not received yet
 	@python -m mnist_vae.tracking.sender .
+
+share: $(READY) ## push every result that was ever made here to the default DVC remote
+	@python -m tools.share
 
 plots: $(READY) ## open the page of charts and pictures
 	@dvc plots show

@@ -140,7 +140,7 @@ def check(count: int, epochs: int) -> None:
 
     client = MlflowClient()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, max_results=10_000)
+    found = client.search_runs(experiments, "tags.workspace LIKE 'workspace-%'", max_results=10_000)
     names = [run.info.run_name for run in found]
     if len(found) != count or len(set(names)) != count:
         raise RuntimeError(f"{len(found)} runs of {len(set(names))} names, not {count}")
