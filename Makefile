@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table papers clean lock
+.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table papers clean lock test-shared share
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,14 +29,17 @@ run: $(READY) ## run the pipeline: data, training, evaluation, pictures
 	@dvc repro || { python -m tools.remedies; exit 1; }
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
-test: $(READY) ## run all tests but the faults
-	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults"
+test: $(READY) ## run all tests but the faults and the servers
+	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not shared"
 
 test-fast: $(READY) ## run the tests that take seconds
-	@python -m pytest -m "not slow and not faults"
+	@python -m pytest -m "not slow and not faults and not shared"
 
 test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 takes a sample of 12)
 	@FAULTS=$(FAULTS) python -m pytest tests/faults --numprocesses 2
+
+test-shared: $(READY) ## test what is shared, with PostgreSQL, a tracking server and S3 on this machine
+	@python -m pytest --numprocesses 2 --dist loadfile -m shared
 
 lint: $(READY) ## check style, format and types
 	@ruff check
@@ -51,6 +54,9 @@ ui: $(READY) ## open the runs of this project in MLflow: http://127.0.0.1:5000
 
 sync: $(READY) ## send MLflow what it has not received yet
 	@python -m mnist_vae.tracking.sender .
+
+share: $(READY) ## push every result that was ever made here to the default DVC remote
+	@python -m tools.share
 
 plots: $(READY) ## open the page of charts and pictures
 	@dvc plots show
@@ -77,7 +83,7 @@ clean: ## remove the environment and all that can be made again (not the DVC cac
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	@.venv-lock/bin/python -m pip install --quiet $(TORCH) '.[dev,ssh]'
+	@.venv-lock/bin/python -m pip install --quiet $(TORCH) '.[dev,ssh,s3,server]'
 	@{ echo "# Made by \`make lock\` from pyproject.toml; for \`pip install -r\`. Without hashes: torch is one file on one"; \
 	   echo "# package index and another on the next (with and without CUDA), and pip wants hashes for all or for none."; \
 	   .venv-lock/bin/python -m pip freeze --exclude mnist-vae | sed 's/+cpu$$//'; } > requirements.lock

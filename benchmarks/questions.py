@@ -1,4 +1,4 @@
-"""The seven questions: what is compared with what, and the limits that this project sets itself.
+"""The eight questions: what is compared with what, and the limits that this project sets itself.
 
 Each question is a method of ``Bench`` that measures and returns a ``Section``. Everything trains on the CPU except the
 last. Wherever an epoch is timed, the first one is warm-up and dropped, for all sides alike, unless said otherwise.
@@ -17,6 +17,8 @@ from benchmarks.measure import Sample, Worker, alternate, available_cores, busy_
 from benchmarks.repro import STAGES, make_clone, repro, run_stage
 from benchmarks.results import Limit, Section
 from benchmarks.server import fail_three_times, mlflow_server, synchronise
+from benchmarks.tracking import Storm, shared_database, storm
+from tools.deployment import postgres_program, postgresql, tracking_server
 
 IMAGES = 60_000
 NOTEBOOK_EPOCHS = 10
@@ -44,6 +46,8 @@ class Effort:
     evaluated: tuple[int, ...] = (10_000, 20_000, 40_000, 80_000)
     weighed: tuple[int, ...] = (500, 1_000, 2_000)  # images of importance sampling
     draws: tuple[int, ...] = (50, 100, 200, 400)  # its samples per image
+    workspaces: int = 8  # that send short runs at once
+    short_runs: int = 25  # of each
 
 
 FULL = Effort()
@@ -60,6 +64,8 @@ QUICK = Effort(
     evaluated=(2_000, 10_000),
     weighed=(100, 200),
     draws=(50, 100),
+    workspaces=2,
+    short_runs=3,
 )
 
 
@@ -300,6 +306,45 @@ class Bench:
             [Limit("training beside the failing server / the other", median(a / b for a, b in pairs), 1.05)],
         )
 
+    def tracking(self) -> Section:
+        if postgres_program("initdb") is None:
+            return Section("Many runs at once", "No PostgreSQL was there.")
+        effort, number, epochs = self.effort, count(), NOTEBOOK_EPOCHS
+
+        def on_server(workspaces: int) -> Storm:
+            folder = self.folder / f"storm-{next(number)}"
+            folder.mkdir()
+            with postgresql() as database, tracking_server(folder, database, len(self.cores)) as server:
+                return storm(folder, server.add_user("ada"), workspaces, effort.short_runs, epochs)
+
+        def on_sqlite(workspaces: int) -> Storm:
+            folder = self.folder / f"storm-{next(number)}"
+            folder.mkdir()
+            return storm(folder, shared_database(folder), workspaces, effort.short_runs, epochs)
+
+        calls = {}
+        for workspaces in (1, effort.workspaces):
+            calls["one SQLite database", workspaces] = lambda n=workspaces: on_sqlite(n)
+            calls["deploy/ on PostgreSQL", workspaces] = lambda n=workspaces: on_server(n)
+        rows = []
+        for (store, workspaces), storms in alternate(calls, effort.long_rounds).items():
+            told, sent = (
+                Sample.of(getattr(one, name) for one in storms) for name in ("told_per_second", "sent_per_second")
+            )
+            runs = Sample.of(one.sent_per_second / (epochs + 4) for one in storms)
+            values = Sample.of(one.metrics / one.seconds for one in storms)
+            rows.append([store, str(workspaces), told.text(0), sent.text(), values.text(), runs.text()])
+        return Section(
+            "Many runs at once",
+            f"{plural(effort.short_runs, 'run')} in each of some workspaces, told to their journals as fast as these "
+            f"take them, {plural(epochs, 'epoch')} of 4 metrics and one file each, sent by one sender per workspace; "
+            f"the server ({plural(len(self.cores), 'process')}) and PostgreSQL share the machine with them. Afterwards "
+            "each run is compared with what was told: none is lost, doubled or mixed up. A run is "
+            f"{epochs + 4} records.",
+            ["store", "workspaces", "journal, records/s each", "store, records/s", "metrics/s", "runs/s"],
+            rows,
+        )
+
     def growth(self) -> Section:
         effort = self.effort
         middle = effort.draws[1]
@@ -390,6 +435,7 @@ QUESTIONS = {
     "quality": Bench.quality,
     "threads": Bench.thread_counts,
     "server": Bench.server,
+    "tracking": Bench.tracking,
     "growth": Bench.growth,
     "gpu": Bench.gpu,
 }

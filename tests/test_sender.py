@@ -169,6 +169,32 @@ def test_a_clone_that_pulled_its_model_gets_one_run(workspace):
     assert one["metrics"][0] == ("train/kld", 1, 0.1)
 
 
+@pytest.mark.parametrize("first", ["this one", "the other"])
+def test_two_clones_that_send_one_training_at_once_leave_one_run(workspace, tmp_path, monkeypatch, first):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / DATABASE}")
+    clones = [tmp_path / "a", tmp_path / "b"]
+    told = [tell(clone) for clone in clones]
+    here, there = told if first == "this one" else reversed(told)
+    store = Store(here.folder.parent.parent)
+    create_run = store.client.create_run
+
+    def late(*arguments, **named):
+        if named["tags"]["place"] == "main":  # this one has looked, and found no run
+            Delivery(Store(there.folder.parent.parent), there).send()
+        return create_run(*arguments, **named)
+
+    monkeypatch.setattr(store.client, "create_run", late)
+    Delivery(store, here).send()
+    assert len(runs(workspace)) == (2 if first == "this one" else 1)
+    for journal in (there, here):
+        journal.append(Metrics(values={"train/loss": 7.0}, step=7))
+        deliver(journal.folder.parent.parent, journal)
+
+    (one,) = runs(workspace)
+    assert (one["status"], one["params"]) == ("FINISHED", {"train.epochs": "3", "render_grid.size": "a"})
+    assert [point[1] for point in one["metrics"] if point[0] == "train/loss"] == [*EPOCHS, 7]
+
+
 def test_the_main_run_takes_the_first_key_of_a_stage_and_a_child_run_each_other(workspace, journal):
     tell_grid(journal, "b")
     deliver(workspace, journal)

@@ -412,6 +412,36 @@ def test_no_other_process_comes_between_the_question_and_the_move(fresh, path, m
     assert set(asked) == {"search_model_versions", "get_registered_model", "set_registered_model_alias"}
 
 
+@pytest.mark.parametrize("theirs", [140.0, 147.0])
+@pytest.mark.parametrize("moment", range(1, 5))
+def test_of_two_machines_that_move_the_champion_at_once_the_better_model_is_left(
+    fresh, path, tmp_path, monkeypatch, moment, theirs
+):
+    """The other machine comes before the first, second, … change that this one makes to aliases and their tags."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{fresh.workspace / DATABASE}")
+    elsewhere = Store(tmp_path / "elsewhere")  # a lock of its own
+    elsewhere.workspace.mkdir()
+    here, there = new_run(fresh, "here"), new_run(fresh, "there")
+    changes = []
+
+    def before(change):
+        def changed(*arguments):
+            changes.append(change)
+            if len(changes) == moment:
+                register_models(elsewhere, there, path, MEASURED_ON, theirs)
+            return change(*arguments)
+
+        return changed
+
+    for name in ("set_registered_model_alias", "set_model_version_tag"):
+        monkeypatch.setattr(fresh.client, name, before(getattr(fresh.client, name)))
+    is_champion = register_models(fresh, here, path, MEASURED_ON, 145.0)
+
+    assert len(changes) >= 4
+    assert champions(fresh) == [here if theirs > 145 else there] * 2
+    assert is_champion is (theirs > 145)
+
+
 @pytest.mark.slow
 def test_registering_prints_nothing_of_mlflows(fresh, path):
     program = f"""

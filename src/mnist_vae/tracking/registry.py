@@ -1,8 +1,10 @@
 """The models that a server answers with: decoder and encoder of each training, the best of them as champion."""
 
 import os
+import random
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +20,8 @@ from mnist_vae.tracking.store import EXPERIMENT, Store, database_lock
 
 REGISTERED = {part: f"{EXPERIMENT}-{part}" for part in serving.SERVED}  # the names that models go by
 CHAMPION = "champion"  # alias: the version to serve
+CROWNED = "has_been_champion"  # tag
+ATTEMPTS = 10  # to get a number for a version that no other machine takes at the same moment
 
 
 def register_models(store: Store, run_id: str, path: Path, measured_on: Mapping[str, str], nll: float) -> bool:
@@ -25,16 +29,16 @@ def register_models(store: Store, run_id: str, path: Path, measured_on: Mapping[
 
     Both become champions if there are none yet, or if ``nll`` is lower than the champions' and was measured on the
     same: ``measured_on`` (data set, binarisation, which images) is equal. Other champions stay. A run's model is
-    registered once; measured again, its versions get the new numbers. Processes of one workspace take turns. Done
-    twice, it changes nothing, and what a killed process left half done is completed.
+    registered once; measured again, its versions get the new numbers. Done twice, it changes nothing, and what a killed
+    process left half done is completed. Processes of one workspace take turns; processes elsewhere correct each other.
     """
     with database_lock(store.workspace):
         tags = {**measured_on, "nll": repr(nll), "fingerprint": serving.fingerprint(path)}
         versions = {part: _registered_version(store, run_id, path, part, tags) for part in REGISTERED}
-        better = all(_beaten(store, part, versions[part], measured_on, nll) for part in REGISTERED)
-        for part, version in (versions if better else _champions(store.client)).items():
-            store.client.set_registered_model_alias(REGISTERED[part], CHAMPION, version)
-        return better
+        former = {part: _crowned(store.client, part).keys() for part in REGISTERED}
+        if all(_beaten(store, part, versions[part], measured_on, nll) for part in REGISTERED):
+            _crown(store.client, versions)
+        return _settle(store, measured_on, former) == versions
 
 
 def _beaten(store: Store, part: str, challenger: str, measured_on: Mapping[str, str], nll: float) -> bool:
@@ -49,13 +53,56 @@ def _beaten(store: Store, part: str, challenger: str, measured_on: Mapping[str, 
     return measured_on.items() <= found.tags.items() and nll < float(found.tags["nll"])
 
 
-def _champions(client: MlflowClient) -> dict[str, str]:
-    """The versions of one run that should be champions; a process may have been killed between one and the other."""
+def _crown(client: MlflowClient, versions: Mapping[str, str]) -> None:
+    """Make versions the champions; that they have been will still be seen when others are."""
+    for part, number in versions.items():
+        client.set_registered_model_alias(REGISTERED[part], CHAMPION, number)
+    for part, number in versions.items():
+        client.set_model_version_tag(REGISTERED[part], number, CROWNED, "true")
+
+
+def _crowned(client: MlflowClient, part: str) -> dict[str, ModelVersion]:
+    """All that are or have been champions."""
+    found = client.search_model_versions(f"name = '{REGISTERED[part]}' and tags.{CROWNED} = 'true'")
+    return {str(version.version): version for version in found}
+
+
+def _settle(store: Store, measured_on: Mapping[str, str], former: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Correct the champions until they are as they should be; their versions.
+
+    MLflow moves an alias without a look at where it is. So a process that has looked, and found its model better, may
+    put it in the place of one that is better still and became champion since. But every process looks here after its
+    last move. Of two at once, the later one sees both, since a model is tagged between its own move and this look: it
+    leaves both aliases on the better model. ``former`` were champions before this process first looked, and may have
+    lost their place to a person.
+    """
+    while True:
+        wanted = _champions(store, measured_on, former)
+        aliases = {part: store.client.get_registered_model(name).aliases for part, name in REGISTERED.items()}
+        if all(str(aliases[part].get(CHAMPION)) == version for part, version in wanted.items()):
+            return wanted
+        _crown(store.client, wanted)
+
+
+def _champions(store: Store, measured_on: Mapping[str, str], former: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """The versions that should be champions, both of one run.
+
+    They are those of the decoder's alias, or of the encoder's where there is no other: a process may have been killed
+    between them. A better rival, champion for a moment at the same time, takes their place.
+    """
+    client = store.client
     aliases = {part: client.get_registered_model(name).aliases.get(CHAMPION) for part, name in REGISTERED.items()}
-    part, version = next((part, version) for part, version in aliases.items() if version is not None)
-    first = client.get_model_version(REGISTERED[part], version)
-    content = first.tags.get("fingerprint", "")
-    twins = {part: _find_version(client, name, first.run_id or "", content) for part, name in REGISTERED.items()}
+    part, version = next(((part, version) for part, version in aliases.items() if version is not None), ("", ""))
+    if not part:  # somebody has just taken them away
+        return {}
+    best = client.get_model_version(REGISTERED[part], version)
+    for number, rival in _crowned(client, part).items():
+        if number in former[part] or not measured_on.items() <= rival.tags.items() & best.tags.items():
+            continue
+        if float(rival.tags["nll"]) < float(best.tags["nll"]) and store.active_run(rival.run_id or "") is not None:
+            best = rival
+    content = best.tags.get("fingerprint", "")
+    twins = {part: _find_version(client, name, best.run_id or "", content) for part, name in REGISTERED.items()}
     return {part: str(twin.version) for part, twin in twins.items() if twin is not None}
 
 
@@ -77,11 +124,26 @@ def _registered_version(store: Store, run_id: str, path: Path, part: str, tags: 
     found = _find_version(client, name, run_id, tags["fingerprint"])
     if found is None:
         model = _logged_model(store, run_id, path, part, tags["fingerprint"])
-        source, model_id = model.artifact_location, model.model_id
-        found = client.create_model_version(name, source, run_id, tags=dict(tags), model_id=model_id)
+        found = _new_version(client, name, model, run_id, tags)
     for tag, value in tags.items() - found.tags.items():
         client.set_model_version_tag(name, found.version, tag, value)
     return str(found.version)
+
+
+def _new_version(
+    client: MlflowClient, name: str, model: LoggedModel, run_id: str, tags: Mapping[str, str]
+) -> ModelVersion:
+    """A version with the next number. MLflow gives up when others take that number three times in a row."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return client.create_model_version(
+                name, model.artifact_location, run_id, tags=dict(tags), model_id=model.model_id
+            )
+        except MlflowException as error:
+            if attempt == ATTEMPTS - 1 or "Model Version creation error" not in str(error):
+                raise
+            time.sleep(random.uniform(0, 0.5))  # no two of them again at the same moment
+    raise AssertionError("not reached")
 
 
 def _logged_model(store: Store, run_id: str, path: Path, part: str, fingerprint: str) -> LoggedModel:

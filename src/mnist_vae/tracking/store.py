@@ -60,11 +60,15 @@ class Store:
             self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             experiment = _experiment(self.client, workspace, self.uri)
         except Exception as error:
-            remedy = (
-                f"see that MLFLOW_TRACKING_URI is right and its server runs, or unset it for {DATABASE} in this folder"
-                if given
-                else f"if it stays so, move {DATABASE} away, and `make sync` makes another from the journal"
-            )
+            if not given:
+                remedy = f"if it stays so, move {DATABASE} away, and `make sync` makes another from the journal"
+            elif "error code 401" in str(error):
+                remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user of this server"
+            else:
+                remedy = (
+                    "see that MLFLOW_TRACKING_URI is right and its server runs, "
+                    f"or unset it for {DATABASE} in this folder"
+                )
             raise UserError(
                 f"MLflow's store {redact(self.uri)} does not open: {first_line(error)}; {remedy}"
             ) from error
@@ -90,10 +94,14 @@ class Store:
                 connection.execute("begin immediate")
 
     def find_run(self, fingerprint: str, place: str) -> StoredRun | None:
-        """The run of a training's place, None where the store has none."""
+        """The run of a training's place, the first of several; None where the store has none."""
         tags = f"tags.fingerprint = '{fingerprint}' and tags.place = '{place}'"
         found = self.client.search_runs(
-            [self.experiment], tags, ViewType.ACTIVE_ONLY, max_results=1, order_by=["attributes.start_time ASC"]
+            [self.experiment],
+            tags,
+            ViewType.ACTIVE_ONLY,
+            max_results=1,
+            order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
         )
         return found[0] if found else None
 
@@ -108,9 +116,21 @@ class Store:
         return run if run.info.lifecycle_stage == "active" else None
 
     def create_run(self, fingerprint: str, place: str, name: str, at: int) -> StoredRun:
-        """A new run for a place."""
+        """The run for a place that has none: a new one, or the one that another machine has made at the same time."""
         tags = {"fingerprint": fingerprint, "place": place}
-        return self.client.create_run(self.experiment, start_time=at, run_name=name, tags=tags)
+        made = self.client.create_run(self.experiment, start_time=at, run_name=name, tags=tags)
+        first = self.find_run(fingerprint, place)
+        if first is None or first.info.run_id == made.info.run_id:
+            return made
+        self.discard_run(made.info.run_id, first.info.run_id)
+        return first
+
+    def discard_run(self, run_id: str, kept: str) -> None:
+        """Take a run out of the way of another one of the same place."""
+        self.set_tags(run_id, {"place": "", "reason": f"the same training as run {kept}"})
+        self.client.set_terminated(run_id, "KILLED")
+        with contextlib.suppress(MlflowException):  # a server may keep that for admins and for who made it
+            self.client.delete_run(run_id)
 
     def claim(self, run_id: str, tag: str, value: str) -> bool:
         """Whether a run's tag has this value, which it gets where it has none."""
