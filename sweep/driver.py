@@ -14,6 +14,8 @@ from sweep.repository import Repository
 from sweep.slot import Outcome, Sweep
 from sweep.space import Point, name_of, overrides
 
+PATIENCE_S = 30  # for a scheduler to answer
+
 Run = Callable[[Sweep, str, list[str]], Outcome]
 
 
@@ -77,10 +79,10 @@ def connect(address: str | None, jobs: int) -> Client:
         UserError: no scheduler answers at the address.
     """
     if not address:
-        cluster = LocalCluster(n_workers=1, threads_per_worker=jobs, processes=False, dashboard_address=None)
-        return Client(cluster)
+        here = "127.0.0.1:0"  # for Dask's page about itself, which cannot be left out
+        return Client(LocalCluster(1, jobs, processes=False, dashboard_address=here, memory_limit=0))
     try:
-        return Client(address, timeout=30)
+        return Client(address, timeout=PATIENCE_S)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"DASK_SCHEDULER_ADDRESS: no scheduler answers at {address}; start it, or unset the variable for this "

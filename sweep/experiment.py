@@ -1,8 +1,8 @@
 """One experiment in a slot's clone: run it, then send its runs, its data and, last of all, its reference.
 
-    python -m sweep.experiment NAME SHARED OVERRIDE…      ends when its standard input does
+    python -m sweep.experiment NAME PUSH OVERRIDE…      ends when its standard input does
 
-SHARED is not empty where the slot uses the DVC cache and the journal of the sweep's own workspace.
+PUSH is empty where the slot shares the DVC cache with whoever wants the results.
 """
 
 import os
@@ -20,12 +20,11 @@ current: list[subprocess.Popen[bytes]] = []
 
 def main() -> None:
     threading.Thread(target=end_with_input, daemon=True).start()
-    name, shared, *overrides = sys.argv[1:]
+    name, push, *overrides = sys.argv[1:]
     settings = [part for override in overrides for part in ("--set-param", override)]
-    # What others have run is fetched rather than run again, where the data is not here anyway.
-    call("exp", "run", "--name", name, *([] if shared else ["--pull"]), *settings)
-    if not shared:
-        call(program=[sys.executable, "-m", "mnist_vae.tracking.sender", "."], attempts=ATTEMPTS)
+    call("exp", "run", "--name", name, *(["--pull"] if push else []), *settings)
+    call(program=[sys.executable, "-m", "mnist_vae.tracking.sender", "."], attempts=ATTEMPTS)
+    if push:
         call("push", attempts=ATTEMPTS)
     call("exp", "push", "--no-cache", "origin", name, attempts=ATTEMPTS)
 

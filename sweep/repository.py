@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mnist_vae.errors import UserError
+from mnist_vae.tracking.store import DATABASE, Store
 from sweep.slot import Sweep, git, reference
 
 IDENTITY = ("user.name", "user.email")
 METRICS = "metrics/evaluate.json"
+SQLITE = "sqlite:///"
 HERE = "."  # in place of a git remote: this folder, for workers that see it under the same path
 
 
@@ -38,10 +40,9 @@ class Repository:
             UserError: the workers' results would stay where they are, or they could not get the commit.
         """
         identity = {entry: self._git("config", "--default", "sweep", entry).strip() for entry in IDENTITY}
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        environment = {"MLFLOW_TRACKING_URI": uri} if uri else {}
         if self.remote == HERE:
-            return Sweep(self.commit, str(self.root), str(self.root), "", environment, identity)
+            return Sweep(self.commit, str(self.root), self._cache(), "", self._here(), identity)
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         source = self._git("remote", "get-url", self.remote).strip()
         if not uri:
             raise UserError(
@@ -52,10 +53,12 @@ class Repository:
                 "the models would stay on the workers: name a DVC remote that they reach, `dvc remote add --default "
                 "NAME URL`, and commit and push .dvc/config"
             )
+        if (self.root / source).is_dir():  # a folder, which may be named from here
+            source = str((self.root / source).resolve())
         self._git("fetch", "--quiet", self.remote)
         if not self._git("for-each-ref", "--contains", self.commit, f"refs/remotes/{self.remote}").strip():
             raise UserError(f"the remote {self.remote} does not have the last commit: `git push {self.remote}` first")
-        return Sweep(self.commit, source, "", "", environment, identity)
+        return Sweep(self.commit, source, "", "", {"MLFLOW_TRACKING_URI": uri}, identity)
 
     def fetch(self, name: str = "*") -> None:
         """Get experiments that workers have pushed: parameters and metrics, which are in git; no data."""
@@ -73,6 +76,26 @@ class Repository:
         """What an experiment's evaluation measured."""
         found: dict[str, Any] = json.loads(self._git("show", f"{reference(self.commit, name)}:{METRICS}"))
         return found
+
+    def _here(self) -> dict[str, str]:
+        """The MLflow store of this folder, and its MNIST, as environment variables for clones elsewhere."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            Store(self.root)  # made where there is none: a clone's process would have artifacts put beside the clone
+            uri = f"{SQLITE}{self.root / DATABASE}"
+        elif uri.startswith(SQLITE):
+            uri = f"{SQLITE}{self.root / uri.removeprefix(SQLITE)}"
+        mirror = os.environ.get("MNIST_MIRROR")
+        if mirror and "://" not in mirror:
+            mirror = str(self.root / mirror)
+        return {"MLFLOW_TRACKING_URI": uri, **({"MNIST_MIRROR": mirror} if mirror else {})}
+
+    def _cache(self) -> str:
+        """The folder of DVC's cache."""
+        from dvc.repo import Repo
+
+        with Repo(str(self.root)) as repo:
+            return str(repo.cache.local_cache_dir)
 
     def _dvc_remote(self) -> str:
         """The default remote, as the commit names it."""

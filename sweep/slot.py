@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 FOLDER = "sweep-slots"  # in a worker's current folder, unless its SWEEP_FOLDER names another
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of another repository
@@ -26,9 +26,9 @@ class Sweep(NamedTuple):
 
     commit: str
     source: str  # git URL or folder to clone from, and to push experiments to
-    workspace: str = ""  # a folder whose DVC cache, journal, checkpoints and MLflow store all slots share
+    cache: str = ""  # the DVC cache that all slots share; empty: each has its own, and a DVC remote
     folder: str = ""  # where the slots are; empty: up to each worker
-    environment: Mapping[str, str] = {}  # for what a worker's own environment does not say
+    environment: Mapping[str, str] = {}  # beside the worker's own
     identity: Mapping[str, str] = {}  # git's user.name and user.email, for a worker that has none
 
 
@@ -64,9 +64,9 @@ def run_in_slot(sweep: Sweep, name: str, overrides: list[str]) -> Outcome:
         try:
             if is_there(sweep, name):
                 return Outcome(name)
-            prepare(slot, sweep, output)
+            prepare(slot, sweep)
             remove_reference(slot, sweep, name)
-            command = [sys.executable, "-m", "sweep.experiment", name, "yes" if sweep.workspace else "", *overrides]
+            command = [sys.executable, "-m", "sweep.experiment", name, "" if sweep.cache else "push", *overrides]
             # The experiment ends when its standard input does: with this process, however that ends. It holds the
             # slot's lock for as long as it lives.
             process = subprocess.Popen(
@@ -83,7 +83,10 @@ def run_in_slot(sweep: Sweep, name: str, overrides: list[str]) -> Outcome:
                 return Outcome(name)
             error = reason(log.read_text(errors="replace"), f"ended with status {process.returncode}")
         except subprocess.CalledProcessError as failure:
-            error = reason(failure.stderr or "", f"{' '.join(map(str, failure.cmd[:2]))} failed")
+            said = (failure.stderr or "").splitlines()
+            fatal = [line for line in said if line.startswith(("fatal: ", "error: "))]
+            error = (fatal or said or ["no reason given"])[0].replace("fatal: ", "git: ")
+            output.write(failure.stderr or "")
         except OSError as failure:
             error = str(failure)
         return Outcome(name, error, f"{socket.gethostname()}:{log}")
@@ -107,13 +110,13 @@ def is_there(sweep: Sweep, name: str) -> bool:
     return bool(git("ls-remote", sweep.source, reference(sweep.commit, name)))
 
 
-def prepare(slot: Path, sweep: Sweep, output: IO[str]) -> None:
+def prepare(slot: Path, sweep: Sweep) -> None:
     """Make the slot a clone at the sweep's commit, whatever was left there."""
     if not (slot / ".git").is_dir():
         scratch = slot.with_suffix(".partial")
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(slot, ignore_errors=True)
-        git("clone", "--quiet", "--no-checkout", sweep.source, str(scratch), output=output)
+        git("clone", "--quiet", "--no-checkout", sweep.source, str(scratch))
         scratch.rename(slot)
     # This process alone uses the slot, so what locks it is left from one that was killed.
     for left in (slot / ".git").glob("*.lock"):
@@ -122,12 +125,11 @@ def prepare(slot: Path, sweep: Sweep, output: IO[str]) -> None:
     git("remote", "set-url", "origin", sweep.source, folder=slot)
     for entry, value in sweep.identity.items():
         git("config", entry, value, folder=slot)
-    git("fetch", "--quiet", "origin", "HEAD", "+refs/heads/*:refs/remotes/origin/*", folder=slot, output=output)
-    git("checkout", "--quiet", "--force", "--detach", sweep.commit, folder=slot, output=output)
+    git("fetch", "--quiet", "origin", "HEAD", "+refs/heads/*:refs/remotes/origin/*", folder=slot)
+    git("checkout", "--quiet", "--force", "--detach", sweep.commit, folder=slot)
     git("clean", "--quiet", "--force", "-d", folder=slot)
-    if sweep.workspace:
-        cache = Path(sweep.workspace) / ".dvc" / "cache"
-        (slot / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    if sweep.cache:
+        (slot / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {sweep.cache}\n", encoding="utf-8")
 
 
 def remove_reference(slot: Path, sweep: Sweep, name: str) -> None:
@@ -136,16 +138,14 @@ def remove_reference(slot: Path, sweep: Sweep, name: str) -> None:
 
 
 def environment(sweep: Sweep) -> dict[str, str]:
-    """This worker's own, with this interpreter first."""
+    """This worker's own, with this interpreter first and the sweep's settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     path = os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", os.defpath)])
-    # DVC_ROOT is what DVC itself sets for an experiment that runs in a copy: the main workspace.
-    root = {"DVC_ROOT": sweep.workspace} if sweep.workspace else {}
-    return {**sweep.environment, **own, **root, "PATH": path}
+    return {**own, **sweep.environment, "PATH": path}
 
 
-def git(*arguments: str, folder: Path | None = None, output: Any = None) -> str:
-    """What git prints; what it says about a failure goes to ``output`` as well.
+def git(*arguments: str, folder: Path | None = None) -> str:
+    """What git prints.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -160,8 +160,6 @@ def git(*arguments: str, folder: Path | None = None, output: Any = None) -> str:
         text=True,
         check=False,
     )
-    if done.returncode and output is not None:
-        output.write(done.stderr)
     done.check_returncode()
     return done.stdout
 

@@ -56,6 +56,9 @@ def read_space(arguments: Sequence[str], params: Path, *, ranges: bool) -> Space
     for argument in arguments:
         name, values = _read(argument)
         if name not in known:
+            if name in Params.model_fields:
+                first = next(one for one in known if one.startswith(f"{name}."))
+                raise UserError(f"{name} is a section; name one of its parameters, as {first}")
             close = difflib.get_close_matches(name, known, n=1)
             raise UserError(f"{name} is not a parameter" + (f"; did you mean {close[0]}?" if close else ""))
         if name in space:

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import (
@@ -38,18 +38,17 @@ class Suggestions:
         self._distributions = {name: distribution(values) for name, values in space.items()}
         # Lists are no categories to a database, so a category is a value as it is written.
         self._values = {name: values_by_text(values) for name, values in space.items()}
+        way: Literal["maximize", "minimize"] = "maximize" if goal.maximize else "minimize"
+        name = study_name(space, goal, commit)
         try:
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=study_name(space, goal, commit),
-                direction="maximize" if goal.maximize else "minimize",
-                sampler=optuna.samplers.TPESampler(seed=1, constant_liar=True),
-                load_if_exists=True,
-            )
-            trials = self._study.get_trials(deepcopy=False)
+            study = optuna.create_study(storage=storage, study_name=name, direction=way, load_if_exists=True)
+            trials = study.get_trials(deepcopy=False)
+            # A seed of its own for each start: a sampler forgets how far it was, and would choose the same again.
+            study.sampler = optuna.samplers.TPESampler(seed=1 + len(trials), constant_liar=True)
         except Exception as error:  # whatever a database raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"--storage: {redacted(storage)} does not open: {redacted(reason)}") from error
+        self._study = study
         for left in trials:
             if left.state == TrialState.RUNNING:
                 self._study.tell(left.number, state=TrialState.FAIL)
