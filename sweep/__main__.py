@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         required=True,
         metavar="NAME=VALUES",
         help="values with commas between them, in the grammar of `dvc exp run -S`; with --suggest also a range "
-        "LOW..HIGH, of whole numbers if both ends are, on a log scale if HIGH is ten times LOW or more",
+        "LOW..HIGH, of whole numbers if the parameter is, on a log scale if HIGH is ten times LOW or more",
     )
     add("--suggest", type=count, metavar="N", help="let Optuna choose N points instead of running a grid")
     add("--storage", metavar="URL", help="Optuna's database (default: a file in .dvc/tmp/sweep)")

@@ -132,7 +132,8 @@ def drive(
                 elif name in waiting:
                     waiting[name].append(point)
                 else:
-                    future = client.submit(run, sweep, name, overrides(point), key=f"{sweep.commit} {name}", pure=False)
+                    task = task_of(run, sweep, name, overrides(point))
+                    future = client.submit(task, key=f"{sweep.commit} {name}", pure=False)
                     running[future], waiting[name] = name, [point]
                     completed.add(future)
 
@@ -149,6 +150,15 @@ def drive(
                 conclude(point, outcome)
             fill()
     return report
+
+
+def task_of(run: Run, sweep: Sweep, name: str, settings: list[str]) -> Callable[[], tuple[str, ...]]:
+    """An experiment as a function that travels with all its code.
+
+    Dask falls back to cloudpickle for what pickle refuses, as a function without a name; what pickle accepts, it sends
+    as the name of a module, which neither the scheduler nor a worker has.
+    """
+    return lambda: tuple(run(sweep, name, settings))
 
 
 def slots(client: Client) -> int:
