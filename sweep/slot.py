@@ -125,7 +125,9 @@ def prepare(slot: Path, sweep: Sweep) -> None:
     git("remote", "set-url", "origin", sweep.source, folder=slot)
     for entry, value in sweep.identity.items():
         git("config", entry, value, folder=slot)
-    git("fetch", "--quiet", "origin", "HEAD", "+refs/heads/*:refs/remotes/origin/*", folder=slot)
+    git("fetch", "--quiet", "origin", "+refs/heads/*:refs/remotes/origin/*", folder=slot)
+    if not git("rev-parse", "--verify", "--quiet", f"{sweep.commit}^{{commit}}", folder=slot, check=False):
+        git("fetch", "--quiet", "origin", "HEAD", folder=slot)  # the commit is on no branch
     git("checkout", "--quiet", "--force", "--detach", sweep.commit, folder=slot)
     git("clean", "--quiet", "--force", "-d", folder=slot)
     if sweep.cache:
@@ -144,7 +146,7 @@ def environment(sweep: Sweep) -> dict[str, str]:
     return {**own, **sweep.environment, "PATH": path}
 
 
-def git(*arguments: str, folder: Path | None = None) -> str:
+def git(*arguments: str, folder: Path | None = None, check: bool = True) -> str:
     """What git prints.
 
     Raises:
@@ -160,7 +162,8 @@ def git(*arguments: str, folder: Path | None = None) -> str:
         text=True,
         check=False,
     )
-    done.check_returncode()
+    if check:
+        done.check_returncode()
     return done.stdout
 
 

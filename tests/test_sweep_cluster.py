@@ -117,7 +117,7 @@ def test_a_sweep_survives_the_death_of_a_worker_and_of_its_driver(author, store,
     folders = [tmp_path / f"machine-{number}" for number in range(WORKERS)]
     with scheduler(tmp_path / "scheduler"):
         address = tmp_path / "scheduler.json"
-        wait_until(address.exists, "the scheduler has an address")
+        wait_until(lambda: address.is_file() and address.read_text().endswith("}"), "the scheduler has an address")
         settings = {
             "DASK_SCHEDULER_ADDRESS": json.loads(address.read_text())["address"],
             "MLFLOW_TRACKING_URI": store,
@@ -126,10 +126,14 @@ def test_a_sweep_survives_the_death_of_a_worker_and_of_its_driver(author, store,
         sweep = ["sweep", "-S", f"train.seed={seeds()}"]
         with worker(folders[0]) as doomed, worker(folders[1]), worker(folders[2]):
             with started(author, *sweep, **settings) as driver:
-                wait_until(lambda: bool(experiments(tmp_path / "origin")), "a first experiment is done")
+
+                def done(number: int) -> bool:
+                    assert driver.poll() is None, (tmp_path / "author.log").read_text()
+                    return len(experiments(tmp_path / "origin")) >= number
+
+                wait_until(lambda: done(1), "a first experiment is done")
                 doomed.kill()
-                wait_until(lambda: len(experiments(tmp_path / "origin")) > 1, "another one is done")
-                assert driver.poll() is None, (tmp_path / "author.log").read_text()
+                wait_until(lambda: done(2), "another one is done")
                 driver.kill()
             with worker(folders[0]):
                 again = run(author, sys.executable, "-m", *sweep, env=settings, timeout=LIMIT_S)
