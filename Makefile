@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table papers clean lock test-shared share
+.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table papers clean lock test-shared share test-sweep
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 ta
 
 test-shared: $(READY) ## test what is shared, with PostgreSQL, a tracking server and S3 on this machine
 	@python -m pytest --numprocesses 2 --dist loadfile -m shared
+
+test-sweep: $(READY) ## sweep over three workers, one killed, and the driver too (SWEEP_EXPERIMENTS=24)
+	@SWEEP_EXPERIMENTS=$(or $(SWEEP_EXPERIMENTS),24) python -m pytest tests/test_sweep_cluster.py --timeout 3600
 
 lint: $(READY) ## check style, format and types
 	@ruff check
@@ -83,7 +86,7 @@ clean: ## remove the environment and all that can be made again (not the DVC cac
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	@.venv-lock/bin/python -m pip install --quiet $(TORCH) '.[dev,ssh,s3,server]'
+	@.venv-lock/bin/python -m pip install --quiet $(TORCH) '.[dev,ssh,s3,server,sweep]'
 	@{ echo "# Made by \`make lock\` from pyproject.toml; for \`pip install -r\`. Without hashes: torch is one file on one"; \
 	   echo "# package index and another on the next (with and without CUDA), and pip wants hashes for all or for none."; \
 	   .venv-lock/bin/python -m pip freeze --exclude mnist-vae | sed 's/+cpu$$//'; } > requirements.lock

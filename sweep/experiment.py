@@ -1,0 +1,61 @@
+"""One experiment in a slot's clone: run it, then send its runs, its data and, last of all, its reference.
+
+    python -m sweep.experiment NAME PUSH OVERRIDE…      ends when its standard input does
+
+PUSH is empty where the slot shares the DVC cache with whoever wants the results.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+GRACE_S = 10  # for DVC to end; a stage sees by itself that its DVC is gone
+ATTEMPTS, PAUSE_S = 3, 2  # for what depends on a network
+
+current: list[subprocess.Popen[bytes]] = []
+
+
+def main() -> None:
+    threading.Thread(target=end_with_input, daemon=True).start()
+    name, push, *overrides = sys.argv[1:]
+    settings = [part for override in overrides for part in ("--set-param", override)]
+    call("exp", "run", "--name", name, *(["--pull"] if push else []), *settings)
+    call(program=[sys.executable, "-m", "mnist_vae.tracking.sender", "."], attempts=ATTEMPTS)
+    if push:
+        call("push", attempts=ATTEMPTS)
+    call("exp", "push", "--no-cache", "origin", name, attempts=ATTEMPTS)
+
+
+def call(*arguments: str, program: list[str] | None = None, attempts: int = 1) -> None:
+    """Run DVC, or another program; leave with its status if it fails each time."""
+    command = [*(program or [sys.executable, "-m", "dvc"]), *arguments]
+    for attempt in range(1, attempts + 1):
+        print("+", *command, flush=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": "src"})
+        current[:] = [process]
+        if process.wait() == 0:
+            return
+        if attempt < attempts:
+            time.sleep(PAUSE_S * attempt)
+    sys.exit(process.returncode if process.returncode > 0 else 1)
+
+
+def end_with_input() -> None:
+    """End with the worker that holds the other end of the standard input."""
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    for process in current:
+        process.terminate()
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    Path(".dvc/tmp").mkdir(exist_ok=True)
+    main()

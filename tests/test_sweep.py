@@ -1,0 +1,273 @@
+"""`python -m sweep` without a pipeline: which experiments, under which names, and what is left to run."""
+
+import fcntl
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnist_vae.errors import UserError
+from sweep import __main__ as command
+from sweep import slot
+from sweep.slot import Outcome, Sweep, git, reference
+from sweep.space import Range, grid, name_of, overrides, read_space
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+
+
+def read(*arguments: str, ranges: bool = False):
+    return read_space(arguments, PARAMS, ranges=ranges)
+
+
+def names(*arguments: str) -> list[str]:
+    return [name_of(point) for point in grid(read(*arguments))]
+
+
+def test_a_grid_has_every_combination():
+    assert names("model.latent_dim=2,5", "train.seed=1,2") == [
+        "latent_dim=2,train.seed=1",
+        "latent_dim=2,train.seed=2",
+        "latent_dim=5,train.seed=1",
+        "latent_dim=5,train.seed=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("train.epochs=3", [3]),
+        ("train.epochs=range(1,4)", [1, 2, 3]),
+        ("model.hidden_dims=[400],[200,200]", [[400], [200, 200]]),
+        ("train.learning_rate=1e-3,0.002", [0.001, 0.002]),
+        ("train.betas=[0.9,0.999]", [[0.9, 0.999]]),
+        ("data.dataset='mnist',digits", ["mnist", "digits"]),
+        ("data.fallback=null,digits", [None, "digits"]),
+    ],
+)
+def test_values_are_read_as_dvc_reads_them(argument, values):
+    assert list(read(argument).values()) == [values]
+
+
+def test_a_name_depends_on_the_values_and_not_on_how_they_were_given():
+    expected = ["latent_dim=2,train.seed=1,kl_weight=1.0"]
+    assert names("train.kl_weight=1", "model.latent_dim=2", "train.seed=1") == expected
+    assert names("train.seed=1,1", "model.latent_dim=2", "train.kl_weight=1.0,1e0") == expected
+
+
+@pytest.mark.parametrize("value", ["[400]", "[200,200]", "[1,2,3,4,5,6,7,8]", "[1000,1000,1000,1000]"])
+def test_names_are_those_of_git_references(value):
+    every = [f"model.hidden_dims={value}", "train.betas=[0.9,0.999]", "train.eps=1e-8"]
+    every += ["data.dataset=mnist", "data.fallback=null", "train.weight_decay=1e-5", "train.kl_warmup=0.25"]
+    every += ["evaluate.quadrature_step=0.04", "train.importance_samples=5", "grid.quantiles=[0.05,0.95]"]
+    [name] = names(*every)
+    assert len(name) < 130
+    assert "/" not in name
+    subprocess.run(["git", "check-ref-format", reference("0" * 40, name)], check=True)
+
+
+def test_long_names_differ_where_their_ends_do():
+    long = ["model.hidden_dims=[1000,1000,1000,1000,1000,1000,1000,1000]", "data.fallback=null"]
+    long += ["train.betas=[0.9,0.999]", "train.eps=1e-8", "train.weight_decay=1e-5", "train.kl_warmup=0.25"]
+    assert len(set(names(*long, "grid.size=3,4,5"))) == 3
+
+
+def test_overrides_are_what_dvc_takes():
+    [point] = grid(read("model.hidden_dims=[200,200]", "data.fallback=null", "train.eps=1e-8"))
+    assert overrides(point) == ["data.fallback=null", "model.hidden_dims=[200,200]", "train.eps=1e-08"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [
+        ("model.latnt_dim=2", "model.latnt_dim is not a parameter; did you mean model.latent_dim?"),
+        ("model=2", "model is a section; name one of its parameters, as model.hidden_dims"),
+        ("model.latent_dim=2,0", "model.latent_dim is 0; it must be at least 1"),
+        ("model.latent_dim=two", "model.latent_dim is 'two'; it must be a whole number"),
+        ("train.learning_rate=nan", "train.learning_rate is nan; it must be a finite number"),
+        ("model.hidden_dims=[400", "model.hidden_dims=[400 cannot be read"),
+        ("model.latent_dim", "model.latent_dim cannot be read"),
+        ("+train.new=1", "give name=value"),
+        ("~train.seed", "give name=value"),
+        ("train.seed=glob(*)", "cannot be read"),
+        ("train.seed=interval(1,2)", "give values with commas between them"),
+        ("model.latent_dim=2..20", "a range needs --suggest N"),
+        ("model.latent_dim=20..2", "a range goes from its lower to its higher end"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_one_line(argument, complaint):
+    with pytest.raises(UserError) as told:
+        read(argument)
+    assert complaint in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_parameter_is_given_once():
+    with pytest.raises(UserError, match="given twice"):
+        read("train.seed=1", "train.seed=2")
+
+
+@pytest.mark.parametrize(
+    ("argument", "range_", "is_whole", "is_log"),
+    [
+        ("model.latent_dim=2..19", Range(2, 19), True, False),
+        ("model.latent_dim=2..20", Range(2, 20), True, True),
+        ("train.learning_rate=1e-4..1e-2", Range(1e-4, 1e-2), False, True),
+        ("train.kl_warmup=0..1", Range(0.0, 1.0), False, False),
+    ],
+)
+def test_a_range_is_of_whole_numbers_or_of_decades_as_its_ends_say(argument, range_, is_whole, is_log):
+    [found] = read(argument, ranges=True).values()
+    assert found == range_
+    assert (found.is_whole, found.is_log) == (is_whole, is_log)
+
+
+def test_the_ends_of_a_range_must_be_values():
+    with pytest.raises(UserError, match="at least 1"):
+        read("model.latent_dim=0..20", ranges=True)
+    with pytest.raises(UserError, match="whole number"):
+        read("model.latent_dim=2.0..20", ranges=True)
+
+
+def test_without_the_extra_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep", "-S", "train.seed=1"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install .*\[sweep\]"):
+        command.main()
+
+
+@pytest.mark.parametrize(("metric", "way"), [("nll", "minimize"), ("elbo", "maximize"), ("knn_accuracy", "maximize")])
+def test_a_metric_knows_which_way_it_gets_better(metric, way):
+    assert command.direction(metric, None) == way
+    assert command.direction(metric, "minimize") == "minimize"
+
+
+# The worker's side, without a pipeline.
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A repository with one commit."""
+    folder = tmp_path / "source"
+    git("init", "--quiet", "--initial-branch", "main", str(folder))
+    for name, value in {"user.name": "A Tester", "user.email": "tester@example.org", "commit.gpgsign": "false"}.items():
+        git("config", name, value, folder=folder)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc" / "config").write_text("[core]\n")
+    (folder / "params.yaml").write_text("a: 1\n")
+    git("add", "--all", folder=folder)
+    git("commit", "--quiet", "--message", "One", folder=folder)
+    return folder
+
+
+def sweep_of(source: Path, folder: Path, **settings: str) -> Sweep:
+    commit = git("rev-parse", "HEAD", folder=source).strip()
+    return Sweep(commit, str(source), folder=str(folder), **settings)
+
+
+def experiment(source: Path, sweep: Sweep, name: str) -> None:
+    """What `dvc exp push` leaves in the source."""
+    git("update-ref", reference(sweep.commit, name), sweep.commit, folder=source)
+
+
+def test_two_experiments_at_once_have_two_slots_and_the_first_is_used_again(tmp_path):
+    with slot.free_slot(tmp_path) as (first, _), slot.free_slot(tmp_path) as (second, _):
+        assert first != second
+    with slot.free_slot(tmp_path) as (again, _):
+        assert again == first
+
+
+def test_a_slot_is_taken_as_long_as_what_was_started_in_it_lives(tmp_path):
+    with slot.free_slot(tmp_path) as (first, lock):
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with slot.free_slot(tmp_path) as (other, _):
+        assert other != first
+    child.communicate()
+    with slot.free_slot(tmp_path) as (again, _):
+        assert again == first
+
+
+def test_a_slot_is_made_whole_whatever_a_killed_worker_left(source, tmp_path):
+    sweep = sweep_of(source, tmp_path, cache="/the/cache")
+    place = tmp_path / "slot-0"
+    place.mkdir()
+    (place / "half").write_text("a clone")
+    slot.prepare(place, sweep)
+    (place / "params.yaml").write_text("a: 2\n")
+    (place / "left").write_text("behind")
+    (place / ".git" / "index.lock").touch()
+    (place / ".dvc" / "tmp").mkdir()
+    (place / ".dvc" / "tmp" / "rwlock").write_text("{")
+    slot.prepare(place, sweep)
+    assert (place / "params.yaml").read_text() == "a: 1\n"
+    assert not (place / "left").exists()
+    assert not (place / ".dvc" / "tmp").exists()
+    assert "dir = /the/cache" in (place / ".dvc" / "config.local").read_text()
+
+
+def test_a_slot_follows_to_a_later_commit(source, tmp_path):
+    slot.prepare(tmp_path / "slot-0", sweep_of(source, tmp_path))
+    (source / "params.yaml").write_text("a: 3\n")
+    git("checkout", "--quiet", "--detach", folder=source)
+    git("commit", "--quiet", "--all", "--message", "On no branch", folder=source)
+    slot.prepare(tmp_path / "slot-0", sweep_of(source, tmp_path))
+    assert (tmp_path / "slot-0" / "params.yaml").read_text() == "a: 3\n"
+
+
+def test_an_experiment_that_is_there_is_not_run_again(source, tmp_path):
+    sweep = sweep_of(source, tmp_path)
+    experiment(source, sweep, "a=1")
+    assert slot.run_in_slot(sweep, "a=1", ["a=1"]) == Outcome("a=1")
+    assert not (tmp_path / "slot-0").exists()
+
+
+def test_an_experiment_that_fails_says_why_and_where_its_log_is(source, tmp_path):
+    (source / "sweep").mkdir()
+    (source / "sweep" / "experiment.py").write_text("import sys; print('train: the reason'); sys.exit(3)")
+    git("add", "--all", folder=source)
+    git("commit", "--quiet", "--message", "Fails", folder=source)
+    outcome = slot.run_in_slot(sweep_of(source, tmp_path), "a=1", ["a=1"])
+    assert outcome.error == "train: the reason"
+    log = Path(outcome.log.partition(":")[2])
+    assert log.read_text() == "train: the reason\n"
+
+
+def test_a_source_that_cannot_be_reached_is_a_failure_with_its_reason(source, tmp_path):
+    sweep = sweep_of(source, tmp_path)._replace(source=str(tmp_path / "nowhere"))
+    outcome = slot.run_in_slot(sweep, "a=1", ["a=1"])
+    assert "nowhere" in outcome.error
+
+
+def test_an_experiment_ends_with_the_worker_that_started_it(source, tmp_path):
+    """The worker is killed outright; the slot's lock tells when the last of its processes is gone."""
+    worker = (
+        "from pathlib import Path; from tests.test_sweep import *;"
+        f"slot.run_in_slot(sweep_of(Path({str(source)!r}), Path({str(tmp_path)!r})), 'a=1', [])"
+    )
+    (source / "sweep").mkdir()
+    (source / "sweep" / "experiment.py").write_text(
+        "import sys; from pathlib import Path; Path('../started').touch(); sys.stdin.read()"
+    )
+    git("add", "--all", folder=source)
+    git("commit", "--quiet", "--message", "Waits for the end of its input", folder=source)
+    process = subprocess.Popen([sys.executable, "-c", worker], cwd=Path(__file__).parent.parent)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    with (tmp_path / "slot-0.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for as long as an experiment lives
+
+
+@pytest.mark.parametrize(
+    ("printed", "line"),
+    [
+        ("train: no memory\nERROR: failed to reproduce 'train': failed to run\n", "train: no memory"),
+        ("Running stage 'train'\nERROR: no git\nWARNING: old\n", "ERROR: no git"),
+        ("Killed\n", "Killed"),
+        ("", "ended with status 1"),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_line_that_says_most(printed, line):
+    assert slot.reason(printed, "ended with status 1") == line

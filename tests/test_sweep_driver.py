@@ -1,0 +1,179 @@
+"""The driver of a sweep on a real Dask cluster inside this process, with experiments that only pretend to run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mnist_vae.errors import UserError
+from sweep.slot import Outcome, Sweep
+from sweep.space import Range, name_of
+
+optuna = pytest.importorskip("optuna", reason="needs the extra: sweep")
+driver = pytest.importorskip("sweep.driver", reason="needs the extra: sweep", exc_type=ImportError)
+suggest = pytest.importorskip("sweep.suggest", reason="needs the extra: sweep", exc_type=ImportError)
+
+Goal, Grid, connect, drive = driver.Goal, driver.Grid, driver.connect, driver.drive
+Suggestions, TrialState = suggest.Suggestions, optuna.trial.TrialState
+NLL = Goal("nll", maximize=False)
+SWEEP = Sweep("c" * 40, "nowhere")
+POINTS = [{"model.latent_dim": value} for value in (2, 3, 5, 8)]
+SPACE = {"model.latent_dim": Range(2, 20), "train.learning_rate": Range(1e-4, 1e-2), "model.hidden_dims": [[8], [4, 4]]}
+
+
+class Experiments:
+    """In place of the repository and its workers: what exists, and what was run."""
+
+    remote = "."
+
+    def __init__(self, *broken: str) -> None:
+        self.there: dict[str, dict[str, float]] = {}
+        self.runs: list[str] = []
+        self.broken = broken
+
+    def existing(self) -> set[str]:
+        return set(self.there)
+
+    def fetch(self, name: str = "*") -> None:
+        pass
+
+    def metrics(self, name: str) -> dict[str, float]:
+        return self.there[name]
+
+    def run(self, sweep: Sweep, name: str, settings: list[str]) -> Outcome:
+        self.runs.append(name)
+        if name in self.broken:
+            return Outcome(name, "train: the reason", "host:file")
+        given = dict(setting.split("=", 1) for setting in settings)
+        self.there[name] = {"nll": abs(10 - int(given["model.latent_dim"]))}
+        return Outcome(name)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator["distributed.Client"]:  # noqa: F821
+    with connect(None, jobs=2) as client:
+        yield client
+
+
+def run_all(client, plan, experiments: Experiments, monkeypatch):
+    # What travels to a worker is pickled; these experiments stay here.
+    monkeypatch.setattr(Experiments, "current", experiments, raising=False)
+    return drive(client, plan, experiments, SWEEP, NLL, run=pretend)
+
+
+def pretend(sweep: Sweep, name: str, settings: list[str]) -> Outcome:
+    return Experiments.current.run(sweep, name, settings)
+
+
+def test_every_point_is_run_once(client, monkeypatch):
+    experiments = Experiments()
+    report = run_all(client, Grid(POINTS), experiments, monkeypatch)
+    assert sorted(experiments.runs) == sorted(map(name_of, POINTS))
+    assert report.metrics == experiments.there
+    assert report.failures == []
+
+
+def test_what_is_there_is_not_run_again(client, monkeypatch):
+    experiments = Experiments()
+    run_all(client, Grid(POINTS[:3]), experiments, monkeypatch)
+    report = run_all(client, Grid(POINTS), experiments, monkeypatch)
+    assert len(experiments.runs) == len(POINTS)
+    assert report.metrics.keys() == set(map(name_of, POINTS))
+
+
+def test_one_that_fails_stops_no_other_and_is_run_again(client, monkeypatch, capsys):
+    experiments = Experiments("latent_dim=3")
+    report = run_all(client, Grid(POINTS), experiments, monkeypatch)
+    assert report.failures == [Outcome("latent_dim=3", "train: the reason", "host:file")]
+    assert len(report.metrics) == len(POINTS) - 1
+    assert "latent_dim=3 failed: train: the reason" in capsys.readouterr().err
+    experiments.broken = ()
+    assert run_all(client, Grid(POINTS), experiments, monkeypatch).failures == []
+    assert len(experiments.runs) == len(POINTS) + 1
+
+
+def test_what_a_task_raises_is_a_failure_of_its_experiment(client, monkeypatch):
+    experiments = Experiments()
+    monkeypatch.setattr(experiments, "run", lambda *arguments: 1 / 0)
+    [failure] = run_all(client, Grid(POINTS[:1]), experiments, monkeypatch).failures
+    assert failure.error == "ZeroDivisionError: division by zero"
+
+
+def test_the_bar_shows_the_best_so_far(client, monkeypatch, capsys):
+    run_all(client, Grid(POINTS), Experiments(), monkeypatch)
+    assert "4/4" in capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    run_all(client, Grid(POINTS), Experiments(), monkeypatch)
+    assert "best nll 2: latent_dim=8" in capsys.readouterr().err
+
+
+def test_the_best_is_the_highest_or_the_lowest_of_what_has_a_value():
+    values = {"a": 1.0, "b": None, "c": 3.0}
+    assert Goal("nll", maximize=False).best(values) == ("a", 1.0)
+    assert Goal("elbo", maximize=True).best(values) == ("c", 3.0)
+    assert NLL.best({"b": None}) is None
+
+
+def test_no_scheduler_at_the_address_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr("sweep.driver.PATIENCE_S", 0.5)
+    with pytest.raises(UserError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
+        connect("tcp://127.0.0.1:9", jobs=1)
+
+
+def suggestions(storage: Path, total: int) -> Suggestions:
+    return Suggestions(SPACE, total, NLL, f"sqlite:///{storage}", SWEEP.commit)
+
+
+def trials(storage: Path) -> list["optuna.trial.FrozenTrial"]:
+    [name] = optuna.get_all_study_names(f"sqlite:///{storage}")
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{storage}").get_trials()
+
+
+def test_optuna_chooses_as_many_points_as_asked_for(client, monkeypatch, tmp_path):
+    storage, experiments = tmp_path / "optuna.db", Experiments()
+    report = run_all(client, suggestions(storage, 5), experiments, monkeypatch)
+    found = trials(storage)
+    assert [trial.state for trial in found] == [TrialState.COMPLETE] * 5
+    for trial in found:
+        assert trial.value == abs(10 - trial.params["model.latent_dim"])
+        assert trial.params["model.hidden_dims"] in ("[8]", "[4,4]")
+    assert report.metrics == experiments.there
+    for point in report.points.values():
+        assert point["model.hidden_dims"] in ([8], [4, 4])
+
+
+def test_the_same_command_again_runs_nothing_and_a_larger_number_only_the_rest(client, monkeypatch, tmp_path):
+    storage, experiments = tmp_path / "optuna.db", Experiments()
+    run_all(client, suggestions(storage, 4), experiments, monkeypatch)
+    before = len(experiments.runs)
+    report = run_all(client, suggestions(storage, 4), experiments, monkeypatch)
+    assert len(experiments.runs) == before == len(report.metrics)
+    run_all(client, suggestions(storage, 6), experiments, monkeypatch)
+    assert len(trials(storage)) == 6
+    assert len(experiments.runs) == before + 2
+
+
+def test_what_a_dead_driver_left_running_has_failed_and_its_point_comes_first(client, monkeypatch, tmp_path):
+    storage = tmp_path / "optuna.db"
+    dead = suggestions(storage, 3)
+    begun = next(dead.points())
+    assert [trial.state for trial in trials(storage)] == [TrialState.RUNNING]
+    experiments = Experiments()
+    run_all(client, suggestions(storage, 3), experiments, monkeypatch)
+    assert [trial.state for trial in trials(storage)] == [TrialState.FAIL] + [TrialState.COMPLETE] * 3
+    assert experiments.runs[0] == name_of(begun)
+
+
+def test_a_failed_experiment_is_told_to_optuna_as_failed(client, monkeypatch, tmp_path):
+    storage, experiments = tmp_path / "optuna.db", Experiments()
+    first = name_of(next(suggestions(tmp_path / "other.db", 1).points()))  # the sampler's seed is fixed
+    experiments.broken = (first,)
+    report = run_all(client, suggestions(storage, 1), experiments, monkeypatch)
+    assert [failure.name for failure in report.failures] == [first]
+    assert [trial.state for trial in trials(storage)] == [TrialState.FAIL]
+
+
+def test_a_storage_that_does_not_open_is_told_without_its_password():
+    with pytest.raises(UserError, match=r"--storage: .* does not open") as told:
+        Suggestions(SPACE, 1, NLL, "postgresql://ada:secret@127.0.0.1:9/x", SWEEP.commit)
+    assert "secret" not in str(told.value)
+    assert "\n" not in str(told.value)
