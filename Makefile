@@ -30,10 +30,10 @@ run: $(READY) ## run the pipeline: data, training, evaluation, pictures
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
 test: $(READY) ## run all tests but the faults
-	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults"
+	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not distributed"
 
 test-fast: $(READY) ## run the tests that take seconds
-	@python -m pytest -m "not slow and not faults"
+	@python -m pytest -m "not slow and not faults and not distributed"
 
 test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 takes a sample of 12)
 	@FAULTS=$(FAULTS) python -m pytest tests/faults --numprocesses 2
