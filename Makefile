@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table clean lock
+.PHONY: help setup run test test-fast test-faults test-distributed lint audit ui sync plots bench bench-quick verify table clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,7 +29,7 @@ run: $(READY) ## run the pipeline: data, training, evaluation, pictures
 	@dvc repro || { python -m tools.remedies; exit 1; }
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
-test: $(READY) ## run all tests but the faults
+test: $(READY) ## run all tests but those of the next targets
 	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not distributed"
 
 test-fast: $(READY) ## run the tests that take seconds
@@ -37,6 +37,9 @@ test-fast: $(READY) ## run the tests that take seconds
 
 test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 takes a sample of 12)
 	@FAULTS=$(FAULTS) python -m pytest tests/faults --numprocesses 2
+
+test-distributed: $(READY) ## train in several processes, also on two hosts (network namespaces, as root)
+	@python -m pytest tests/distributed
 
 lint: $(READY) ## check style, format and types
 	@ruff check

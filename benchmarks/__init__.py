@@ -1,4 +1,4 @@
-"""How fast is it, next to what? Six questions about speed, each with limits that this project sets itself.
+"""How fast is it, next to what? Eight questions about speed, each with limits that this project sets itself.
 
     python -m benchmarks                  all of it, rounds and medians, into benchmarks/results.md (most of an hour)
     python -m benchmarks --quick          one short round, printed only: does everything still run?
@@ -6,7 +6,7 @@
 
 Run it on an idle machine. MNIST comes from MNIST_MIRROR (a URL or a folder) or from torchvision's mirrors.
 
-    questions.py    the six questions: what is compared with what, and the limits
+    questions.py    the eight questions: what is compared with what, and the limits
     bare.py         the bare loop, training as fast as plain torch does it
     notebook.py     the notebook that the pipeline is compared with, re-written
     worker.py       one measurement in a process of its own

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.distributed.cases import CASES
-from tests.pipeline import set_params
+from tests.pipeline import clone_working_tree, run, set_params
 from tools.clone import ROOT, environment
 
 pytestmark = pytest.mark.distributed
@@ -245,6 +245,16 @@ def test_torchruns_environment_decides_how_many_processes_there_are(host, losses
     Stage(host, "torchrun", "--standalone", "--nproc-per-node", "2", *TRAIN[1:]).succeed()
 
     assert_follows(host, losses_of_one)
+
+
+def test_dvc_repro_starts_the_processes_and_records_the_result(tmp_path, losses_of_one):
+    clone = clone_working_tree(tmp_path / "mnist-vae")
+    set_params(clone, SMALL | {"train.devices": 2})
+
+    run(clone, "dvc", "repro", "train")
+
+    assert_follows(clone, losses_of_one)
+    assert "up to date" in run(clone, "dvc", "status", "train").stdout
 
 
 # two hosts: network namespaces, joined by a cable
