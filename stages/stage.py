@@ -61,7 +61,7 @@ def is_first_process() -> bool:
 
 def run_work(name: str) -> None:
     """The share that another process has in a stage. Where the first of this host tells why all end, it is silent."""
-    from mnist_vae.training.processes import ProcessLostError
+    from mnist_vae.training.processes import LOST_STATUS, ProcessLostError
 
     if is_started := "LOCAL_RANK" in os.environ:
         end_with(psutil.Process(PARENT))
@@ -69,7 +69,7 @@ def run_work(name: str) -> None:
         importlib.import_module(f"stages.{name}").work()
     except ProcessLostError:
         if is_started:
-            sys.exit(1)
+            sys.exit(LOST_STATUS)
         raise
     finally:
         for number in SIGNALS:  # that the others end, too, must not cut this short

@@ -35,6 +35,7 @@ REASON_S = 5  # for the reason of a failure to become known
 POLL_S = 0.05  # between two looks at what others have done
 END_S = 1  # for a process of this host to end in order; nothing of it stays
 HINT_S = 5  # before the first process says whom it waits for
+LOST_STATUS = 75  # of a process that ends because another one has; EX_TEMPFAIL of sysexits.h
 FAILED = "failed"  # the store's key for the reason why the training ends
 
 
@@ -222,7 +223,9 @@ class Processes:
             return error
         deadline = time.monotonic() + REASON_S
         while (reason := self._reason()) is None and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(POLL_S)
+        if reason:
+            self._tell(reason)  # it may be known on this host only
         return ProcessLostError(
             f"{reason or 'a process, its host or the network between them is gone'}; the training has ended on all "
             "hosts; the next start goes on from the last finished epoch, with as many processes as you like"
@@ -306,15 +309,18 @@ class Processes:
 
     def _reason(self) -> str | None:
         """Why the training ends, if that is known by now."""
-        for child in self.children:
-            if child.poll():
-                return self._child_in_words(child)
+        if dead := self._dead_child():
+            return self._child_in_words(dead)
         try:
             if self.store is not None and self.store.check([FAILED]):
                 return str(self.store.get(FAILED).decode())
         except RuntimeError:
             return f"the first process, at {os.environ['MASTER_ADDR']}, has ended"
         return None
+
+    def _dead_child(self) -> "subprocess.Popen[bytes] | None":
+        """A process of this host that has ended before its time, and not because another one did."""
+        return next((child for child in self.children if child.poll() not in (None, 0, LOST_STATUS)), None)
 
     def _child_in_words(self, child: subprocess.Popen[bytes]) -> str:
         rank, status = self.place.rank + self.place.local_processes - 1 - self.children.index(child), child.returncode
@@ -332,7 +338,7 @@ class Processes:
     def _watch(self) -> None:
         """Tell the other hosts of a process of this one that has ended, and end with it if nothing else does."""
         while not self._is_over.wait(0.5):
-            if dead := next((child for child in self.children if child.poll()), None):
+            if dead := self._dead_child():
                 reason = self._child_in_words(dead)
                 self._tell(reason)
                 if not self._is_over.wait(ANSWER_S + REASON_S):  # a GPU's library may wait for the dead for ever
