@@ -9,7 +9,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-faults lint audit ui sync plots bench bench-quick verify table papers clean lock test-shared share test-sweep
+.PHONY: help setup run test test-fast test-faults test-shared test-distributed test-sweep lint audit ui sync share plots
+.PHONY: bench bench-quick verify table papers clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,11 +30,11 @@ run: $(READY) ## run the pipeline: data, training, evaluation, pictures
 	@dvc repro || { python -m tools.remedies; exit 1; }
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
-test: $(READY) ## run all tests but the faults and the servers
-	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not shared"
+test: $(READY) ## run all tests but those of the next targets
+	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not shared and not distributed"
 
 test-fast: $(READY) ## run the tests that take seconds
-	@python -m pytest -m "not slow and not faults and not shared"
+	@python -m pytest -m "not slow and not faults and not shared and not distributed"
 
 test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 takes a sample of 12)
 	@FAULTS=$(FAULTS) python -m pytest tests/faults --numprocesses 2
@@ -43,6 +44,9 @@ test-shared: $(READY) ## test what is shared, with PostgreSQL, a tracking server
 
 test-sweep: $(READY) ## sweep over three workers, one killed, and the driver too (SWEEP_EXPERIMENTS=24)
 	@SWEEP_EXPERIMENTS=$(or $(SWEEP_EXPERIMENTS),24) python -m pytest tests/test_sweep_cluster.py --timeout 3600
+
+test-distributed: $(READY) ## train in several processes, also on two hosts (network namespaces, as root)
+	@python -m pytest tests/distributed
 
 lint: $(READY) ## check style, format and types
 	@ruff check

@@ -1,4 +1,4 @@
-"""The eight questions: what is compared with what, and the limits that this project sets itself.
+"""The questions: what is compared with what, and the limits that this project sets itself.
 
 Each question is a method of ``Bench`` that measures and returns a ``Section``. Everything trains on the CPU except the
 last. Wherever an epoch is timed, the first one is warm-up and dropped, for all sides alike, unless said otherwise.
@@ -271,6 +271,27 @@ class Bench:
             [Limit("two experiments side by side / one", two / one, 1.7, at_least=True)],
         )
 
+    def processes(self) -> Section:
+        effort = self.effort
+        common = {"epochs": effort.epochs + 2, "images": effort.images, "batch_size": 512, "cpus": self.pair}
+        found = alternate(
+            {devices: lambda n=devices: self.worker("pipeline", devices=n, **common) for devices in (1, 2)},
+            effort.rounds,
+        )
+        seconds = {devices: seconds_per_epoch(runs) for devices, runs in found.items()}
+        ratio = seconds[1].median / seconds[2].median
+        return Section(
+            "Processes",
+            "Training throughput of the pipeline at a global batch of 512, in one process and in two that share each "
+            "mini-batch (`train.devices`), with one thread each, on the same two cores. The first epoch is dropped.",
+            ["processes", "s per epoch", "images/s"],
+            [
+                [str(devices), sample.text(), f"{effort.images / sample.median:,.0f}"]
+                for devices, sample in seconds.items()
+            ],
+            [Limit("two processes / one, images per second", ratio, 1.7, at_least=True)],
+        )
+
     def server(self) -> Section:
         effort, number, epochs = self.effort, count(), self.effort.whole_epochs or NOTEBOOK_EPOCHS
 
@@ -434,6 +455,7 @@ QUESTIONS = {
     "pipeline": Bench.whole_pipeline,
     "quality": Bench.quality,
     "threads": Bench.thread_counts,
+    "processes": Bench.processes,
     "server": Bench.server,
     "tracking": Bench.tracking,
     "growth": Bench.growth,

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -80,7 +81,7 @@ def whole_notebook(epochs: int) -> dict[str, Any]:
 def pipeline(
     images: int | None = None, test: bool = False, kept: bool = True, workspace: str | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """``fit`` as the stage train runs it, changed parameters aside.
+    """``fit`` as the stage train runs it, changed parameters aside; with ``devices`` in so many processes.
 
     ``kept``: with a checkpoint and the losses and samples of each epoch, which go to the journal and on to MLflow.
     ``workspace``: where the journal stays, so that what MLflow has not received can be sent later.
@@ -89,14 +90,15 @@ def pipeline(
     from benchmarks.clock import EpochClock
     from mnist_vae.model.vae import VAEConfig
     from mnist_vae.training.fit import fit
+    from mnist_vae.training.processes import processes
 
     train, x_train, clock = settings(**{"accelerator": "cpu", **changes}), training_images(images), EpochClock()
-    with (
-        keeping(train.seed, workspace)
-        if kept
-        else contextlib.nullcontext({"callbacks": [without_checkpoints()]}) as arguments
-    ):
+    with processes(train, [sys.executable, "-m", "benchmarks.worker", *sys.argv[1:]]) as group, ExitStack() as stack:
+        arguments: dict[str, Any] = {"callbacks": []}  # of all processes but the first
+        if group.place.rank == 0:
+            arguments = stack.enter_context(keeping(train.seed, workspace)) if kept else leaving()
         arguments["callbacks"].append(clock)
+        group.join({})
         trained = fit(x_train, VAEConfig(), train, **arguments)
     result = {"seconds": clock.seconds, "total": trained.seconds, "data_bytes": x_train.nbytes}
     return {**result, "test_loss": test_loss(trained.vae, train.kl_weight)} if test else result
@@ -132,6 +134,11 @@ def keeping(seed: int, workspace: str | None = None) -> Iterator[dict[str, Any]]
         session.end("FINISHED")
         if workspace is None and (reason := session.outcome.get("reason")):
             raise RuntimeError(f"MLflow has not received everything: {reason}")
+
+
+def leaving() -> dict[str, Any]:
+    """What ``fit`` needs so that nothing is kept."""
+    return {"callbacks": [without_checkpoints()]}
 
 
 def without_checkpoints() -> Any:
@@ -261,7 +268,8 @@ def main() -> None:
         else:
             set_up_cpu(threads)
         result = TASKS[task](**arguments)
-    print(json.dumps({**result, "peak_bytes": peak_bytes()}))
+    if os.environ.get("RANK", "0") == "0":  # the first, if there are several
+        print(json.dumps({**result, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

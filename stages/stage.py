@@ -43,12 +43,37 @@ def run_stage(name: str) -> None:
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
         end_on_signals()
+        if name == "train" and not is_first_process():
+            run_work(name)
+            return
         end_with_dvc()
         with only_stage_here(name):
             outputs.check_cache()
             run_tracked(name)
     except UserError as error:
         sys.exit("\n".join(f"{name}: {line}" for line in str(error).splitlines()))
+
+
+def is_first_process() -> bool:
+    """Whether this process of a training is the first on the first host, which alone writes and tracks."""
+    return all(os.environ.get(name, "0") in ("", "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+
+
+def run_work(name: str) -> None:
+    """The share that another process has in a stage. Where the first of this host tells why all end, it is silent."""
+    from mnist_vae.training.processes import LOST_STATUS, ProcessLostError
+
+    if is_started := "LOCAL_RANK" in os.environ:
+        end_with(psutil.Process(PARENT))
+    try:
+        importlib.import_module(f"stages.{name}").work()
+    except ProcessLostError:
+        if is_started:
+            sys.exit(LOST_STATUS)
+        raise
+    finally:
+        for number in SIGNALS:  # that the others end, too, must not cut this short
+            signal.signal(number, signal.SIG_IGN)
 
 
 def run_tracked(name: str) -> None:
@@ -143,14 +168,18 @@ def end_with_dvc() -> None:
     if os.getppid() != PARENT:  # gone already
         raise Stopped(signal.SIGTERM)
     ancestors = (parent for parent in psutil.Process().parents() if parent.name() not in SHELLS)
-    dvc = next(ancestors, None)
+    if (dvc := next(ancestors, None)) is not None:
+        end_with(dvc)
+
+
+def end_with(other: psutil.Process) -> None:
+    """End this process when another one has ended."""
 
     def watch() -> None:
-        while dvc is not None and dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+        while other.is_running() and other.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_S)
         os._exit(128 + signal.SIGTERM)
 
-    if dvc is not None:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

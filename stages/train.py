@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from mnist_vae.data.binarization import binarize_dataset, metric_name
 from mnist_vae.data.dataset import Dataset, load_dataset
 from mnist_vae.files import write_csv, write_json
-from mnist_vae.fingerprint import digest_of_code, environment, fingerprint
+from mnist_vae.fingerprint import PACKAGES, digest_of_code, environment, fingerprint
 from mnist_vae.model.cpu import set_up_cpu
 from mnist_vae.model.latent import encode
 from mnist_vae.model.model_file import SavedModel, save_model
@@ -26,60 +26,98 @@ from mnist_vae.tracking.provenance import git_state
 from mnist_vae.tracking.session import Session
 from mnist_vae.training.callbacks import SampleFrames, in_words
 from mnist_vae.training.fit import Fit, fit
+from mnist_vae.training.processes import processes
 from stages import HERE, WORKSPACE
 from stages.artifacts import DATASET, LOSSES, METRICS, MODEL, PARAMS
 from stages.key import code_of
 
 LOCK_TIMEOUT_S = 30
+COMMAND = (sys.executable, "-m", "stages", "train")  # starts another process of the same training
+PROCESSES = ("train.devices", "train.nodes")
 
 
 def main(session: Session) -> None:
     params = load_params(PARAMS)
-    set_up_cpu(params.train.threads)
-    dataset = load_dataset(DATASET)
-    binarize, seed = params.data.binarize, params.data.binarize_seed
-    measured = binarize_dataset(dataset, binarize, seed)
-    model = params.model
-    config = VAEConfig(tuple(model.hidden_dims), model.latent_dim, activation=model.activation)
-    name = identity(params, dataset)
+    binarize = params.data.binarize
+    with processes(params.train, COMMAND) as group:
+        set_up_cpu(params.train.threads)
+        dataset = load_dataset(DATASET)
+        measured = binarize_dataset(dataset, binarize, params.data.binarize_seed)
+        name = identity(params, dataset)
 
-    recorded = params.flat("data", "model", "train")
-    session.begin(name, "", run_name(params, dataset), recorded, run_tags(params, dataset))
-    session.log_dataset(dataset.about)
+        recorded = params.flat("data", "model", "train")
+        session.begin(name, "", run_name(params, dataset), recorded, run_tags(params, dataset, group.place.processes))
+        session.log_dataset(dataset.about)
 
-    with checkpoints_of(name) as folder:
-        trained = fit(
-            measured.x_train if binarize == "static" else dataset.x_train,
-            config,
-            params.train,
-            redraw_seed=seed if binarize == "dynamic" else None,
-            logger=JournalLogger(session, binarize),
-            callbacks=[SampleFrames(config.latent_dim, params.train.seed)],
-            checkpoints=folder,
-        )
+        with checkpoints_of(name) as folder:
+            group.join(about(params, dataset))
+            trained = fit(
+                **arguments(params, dataset, measured),
+                logger=JournalLogger(session, binarize),
+                callbacks=[SampleFrames(params.model.latent_dim, params.train.seed)],
+                checkpoints=folder,
+            )
 
-        kld_per_dim = encode(trained.vae, measured.x_train).kld().double().mean(dim=0).tolist()
-        save_model(MODEL, SavedModel(trained.vae, measured.title, kld_per_dim, name))
-        write_csv(LOSSES, [{**epoch, "binarize": binarize} for epoch in trained.history])
-        write_json(METRICS / "train.json", summary(trained, dataset, params))
+            kld_per_dim = encode(trained.vae, measured.x_train).kld().double().mean(dim=0).tolist()
+            save_model(MODEL, SavedModel(trained.vae, measured.title, kld_per_dim, name))
+            write_csv(LOSSES, [{**epoch, "binarize": binarize} for epoch in trained.history])
+            write_json(METRICS / "train.json", summary(trained, dataset, params))
 
-        session.log_metrics({"train/epochs": len(trained.history), "train/seconds": trained.seconds})
-        for path in (MODEL, LOSSES, METRICS / "train.json"):
-            session.log_file(path)
+            session.log_metrics({"train/epochs": len(trained.history), "train/seconds": trained.seconds})
+            for path in (MODEL, LOSSES, METRICS / "train.json"):
+                session.log_file(path)
     print(f"{len(trained.history)} epochs in {trained.seconds:.1f} s: {in_words(trained.losses)}")
     if params.train.validation_size:
         print(f"saved: epoch {trained.best_epoch}, which has the lowest validation loss")
 
 
+def work() -> None:
+    """What all processes but the first do: their share of the training, and nothing that stays."""
+    params = load_params(PARAMS)
+    with processes(params.train, COMMAND) as group:
+        set_up_cpu(params.train.threads)
+        dataset = load_dataset(DATASET)
+        measured = binarize_dataset(dataset, params.data.binarize, params.data.binarize_seed)
+        group.join(about(params, dataset))
+        fit(**arguments(params, dataset, measured))
+
+
+def arguments(params: Params, dataset: Dataset, measured: Dataset) -> dict[str, Any]:
+    """What ``fit`` needs in all processes."""
+    binarize, model = params.data.binarize, params.model
+    return {
+        "images": measured.x_train if binarize == "static" else dataset.x_train,
+        "config": VAEConfig(tuple(model.hidden_dims), model.latent_dim, activation=model.activation),
+        "settings": params.train,
+        "redraw_seed": params.data.binarize_seed if binarize == "dynamic" else None,
+    }
+
+
 def identity(params: Params, dataset: Dataset) -> str:
     """What determines this training: its data, code, parameters and environment, as one name."""
-    return fingerprint(
-        data=dataset.about["digest"],
-        code=digest_of_code(code_of("train")),
-        params=params.flat("model", "train")
-        | {"binarize": params.data.binarize, "binarize_seed": params.data.binarize_seed},
-        environment=dict(environment()),
-    )
+    return fingerprint(**ingredients(params, dataset), environment=dict(environment()))
+
+
+def about(params: Params, dataset: Dataset) -> dict[str, str]:
+    """What must be the same on all hosts of a training."""
+    packages = {name: version for name, version in environment().items() if name in PACKAGES}
+    return {
+        name: fingerprint(part=part) for name, part in (ingredients(params, dataset) | {"packages": packages}).items()
+    }
+
+
+def ingredients(params: Params, dataset: Dataset) -> dict[str, Any]:
+    """A training's data, code and parameters.
+
+    Without the number of processes: it moves no more than the last digits of a result, and an interrupted training may
+    go on with another.
+    """
+    relevant = {name: value for name, value in params.flat("model", "train").items() if name not in PROCESSES}
+    return {
+        "data": dataset.about["digest"],
+        "code": digest_of_code(code_of("train")),
+        "params": relevant | {"binarize": params.data.binarize, "binarize_seed": params.data.binarize_seed},
+    }
 
 
 @contextmanager
@@ -125,7 +163,7 @@ def run_name(params: Params, dataset: Dataset) -> str:
     return f"{name} · z {model.latent_dim}, h {hidden}, batch {train.batch_size}, {train.epochs} epochs"
 
 
-def run_tags(params: Params, dataset: Dataset) -> dict[str, Any]:
+def run_tags(params: Params, dataset: Dataset, processes: int) -> dict[str, Any]:
     """What to filter runs by: data, model, code, machine."""
     git = git_state(HERE)
     return {
@@ -136,6 +174,7 @@ def run_tags(params: Params, dataset: Dataset) -> dict[str, Any]:
         **git,
         "mlflow.source.git.commit": git["git_commit"],
         "torch": torch.__version__,
+        "processes": processes,
         "machine": f"{platform.system()} {platform.machine()}",
         **({"dvc_experiment": os.environ["DVC_EXP_NAME"]} if os.environ.get("DVC_EXP_NAME") else {}),
     }

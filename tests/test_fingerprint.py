@@ -18,7 +18,8 @@ from stages.train import identity
 REPOSITORY = Path(__file__).parent.parent
 PARAMS = load_params(REPOSITORY / "params.yaml")
 SECTIONS = ("data", "model", "train", "evaluate", "samples", "grid")
-NO_MATTER = {"data.dataset", "data.fallback"}  # the images themselves count, not where they are from
+# Not where the images are from, but they themselves; and not how many processes share the work.
+NO_MATTER = {"data.dataset", "data.fallback", "train.devices", "train.nodes"}
 PARTS = {"data": "a", "code": "b", "params": {"x": 1, "y": 2}, "environment": {"torch": "2.6"}}
 
 

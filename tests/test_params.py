@@ -17,7 +17,7 @@ COMMITTED = Path(__file__).parent.parent / "params.yaml"
 TEXT = COMMITTED.read_text(encoding="utf-8")
 EVERY_NAME = list(load_params(COMMITTED).flat("data", "model", "train", "evaluate", "samples", "grid"))
 FLOATS = ["kl_weight", "kl_warmup", "learning_rate", "eps", "weight_decay", "min_delta"]
-NUMBERS = [name for name in EVERY_NAME if re.search(rf"(?m)^  {name.partition('.')[2]}: *\d", TEXT)]
+NUMBERS = [name for name in EVERY_NAME if re.search(rf"(?m)^  {name.partition('.')[2]}: *[\d.e-]+( |$)", TEXT)]
 ENV = os.environ | {"PYTHONPATH": str(COMMITTED.parent / "src")}
 
 
@@ -97,6 +97,9 @@ def test_the_committed_defaults_are_the_notebooks():
         "train.min_delta": 0.0,
         "train.accelerator": "auto",
         "train.threads": 1,
+        "train.devices": 1,
+        "train.nodes": 1,
+        "train.precision": "32-true",
         "samples.seed": 1,
         "samples.rows": 4,
         "samples.cols": 18,

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "numpy", "lightning")  # those that compute
+
 
 def fingerprint(**parts: Any) -> str:
     """A name of 16 hexadecimal digits for a training, from the data, the code, the parameters and the environment."""
@@ -37,5 +39,5 @@ def environment() -> Mapping[str, str]:
         "processor": vendors[0] if vendors else platform.processor() or "unknown",  # MKL's kernels go by the maker
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        **{package: version(package).partition("+")[0] for package in ("torch", "numpy", "lightning")},
+        **{package: version(package).partition("+")[0] for package in PACKAGES},
     }

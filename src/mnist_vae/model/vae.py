@@ -42,7 +42,10 @@ class Posterior(NamedTuple):
     def sample(self, generator: torch.Generator | None = None, draws: int | None = None) -> Tensor:
         """Reparameterised draws, z = mean + std · eps: one per image, (B, Z), or K = ``draws`` of them, (K, B, Z)."""
         shape = self.mean.shape if draws is None else (draws, *self.mean.shape)
-        eps = self.mean.new_empty(shape).normal_(generator=generator)
+        return self.at(self.mean.new_empty(shape).normal_(generator=generator))
+
+    def at(self, eps: Tensor) -> Tensor:
+        """z = mean + std · eps for eps (…, B, Z)."""
         return torch.addcmul(self.mean, torch.exp(0.5 * self.log_var), eps)
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -71,6 +71,9 @@ class Train(Section):
     accelerator: Literal["auto", "cpu", "gpu", "mps"]
     threads: Annotated[int, Field(ge=1, le=1024)]
     compile: Literal["none", "default", "reduce-overhead"]
+    devices: Annotated[int, Field(ge=1, le=1024)]
+    nodes: Annotated[int, Field(ge=1, le=1024)]
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 class Evaluate(Section):

@@ -1,6 +1,8 @@
 """What a person sees of training while it runs: a bar per epoch, and digits that take shape."""
 
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -36,8 +38,9 @@ class Progress(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Tensor, index: int
     ) -> None:
         assert isinstance(module, VAETraining)
-        self.seen += len(batch)
-        self.bar.update(len(batch))
+        seen = min(module.steps * module.settings.batch_size, module.train_images)  # by all processes
+        self.bar.update(seen - self.seen)
+        self.seen = seen
         done = self.seen == module.train_images
         if not self.bar.disable and (done or time.monotonic() - self.read_at > REFRESH_S):
             self.bar.set_postfix_str(in_words(per_image(module.train_sums, self.seen)))
@@ -62,6 +65,21 @@ class SampleFrames(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [frame], step=module.current_epoch + 1)
+
+
+class CallersSignals(Callback):
+    """Leaves SIGTERM to the handler of whoever calls ``fit``.
+
+    Among several processes Lightning's own would have the first one tell the others, and wait for their answer, in the
+    midst of what they do together.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
 
 
 def in_words(losses: Losses) -> str:

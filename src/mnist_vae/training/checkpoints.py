@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -27,13 +28,18 @@ def path_of(folder: Path, name: str) -> Path:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written whole and flushed to the disk, read without running any code in them."""
 
+    def __init__(self, received: bytes | None = None) -> None:
+        """What the first of several processes ``received`` from its disk is loaded from memory by the others."""
+        super().__init__()
+        self.received = received
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         archive = io.BytesIO()
         torch.save(checkpoint, archive)
         write_bytes(Path(path), seal(archive.getvalue()))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        return load_checkpoint(Path(path))
+        return load_checkpoint(Path(path)) if self.received is None else unseal(self.received, path)
 
 
 def seal(archive: bytes) -> bytes:
@@ -48,7 +54,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not what was written.
     """
-    sealed = path.read_bytes()
+    return unseal(path.read_bytes(), path)
+
+
+def unseal(sealed: bytes, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that was read from ``path``.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
     if seal(sealed[: -2 - DIGEST] + bytes(2)) != sealed:
         raise ValueError(f"{path} is damaged")
     content: dict[str, Any] = torch.load(io.BytesIO(sealed), map_location="cpu", weights_only=True)
@@ -72,6 +86,13 @@ def last_checkpoint(folder: Path, *, validation: bool) -> tuple[Path | None, int
         last.unlink()
         return None, 0
     return last, epochs
+
+
+def spread_checkpoint(path: Path | None, epochs: int) -> tuple[Path | None, int, bytes | None]:
+    """What the first of several processes resumes from, for all of them: its file, by name and content."""
+    found = [(path, epochs, path.read_bytes() if path else None)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 class Keep(ModelCheckpoint):

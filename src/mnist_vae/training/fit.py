@@ -1,6 +1,7 @@
 """Training from start to end: a Trainer around the module, resumed where it was interrupted."""
 
 import logging
+import os
 import random
 import sys
 import time
@@ -9,20 +10,22 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from mnist_vae.data.dataset import Images
 from mnist_vae.errors import UserError
 from mnist_vae.model.vae import VAE, VAEConfig
 from mnist_vae.params import Train
-from mnist_vae.training.callbacks import Progress
+from mnist_vae.training.callbacks import CallersSignals, Progress
 from mnist_vae.training.checkpoints import (
     BEST,
     LAST,
@@ -32,9 +35,11 @@ from mnist_vae.training.checkpoints import (
     last_checkpoint,
     load_checkpoint,
     path_of,
+    spread_checkpoint,
 )
 from mnist_vae.training.data_module import ImagesDataModule
 from mnist_vae.training.module import Losses, VAETraining
+from mnist_vae.training.processes import Share, own_share
 
 
 class Fit(NamedTuple):
@@ -69,28 +74,46 @@ def fit(
     interrupted call with the same arguments left there, and ends with the same bits as if nothing had happened.
     Equal seeds, settings and machines give equal bits; the number of threads is the caller's to set.
 
+    Several processes (``processes``) each call it with the same arguments, take their share of each mini-batch, and
+    get the same result up to rounding. Only the first needs a logger, callbacks and the folder.
+
     Raises:
         UserError: too many images held out, an accelerator that is not there, or a loss that is not finite.
     """
+    share = own_share()
+    if share.is_all and settings.devices * settings.nodes > 1:
+        raise UserError(
+            f"params.yaml: train.devices is {settings.devices} and train.nodes {settings.nodes}, and this is the only "
+            "process: `python -m stages train` starts the others, and mnist_vae.training.processes does in a script"
+        )
     data = ImagesDataModule(
         images,
         batch_size=settings.batch_size,
         validation_size=settings.validation_size,
         seed=settings.seed,
         redraw_seed=redraw_seed,
+        share=share,
     )
     validation = settings.validation_size > 0
     seed_everything(settings.seed)
-    module = VAETraining(VAE(config), settings, redraw_seed, len(data.train_images))
+    module = VAETraining(VAE(config), settings, redraw_seed, len(data.train_images), share)
+    if share.rank > 0:
+        checkpoints = Path("checkpoints")  # never written to
     with nullcontext(checkpoints) if checkpoints else TemporaryDirectory(prefix="checkpoints-") as kept:
         folder = Path(kept)
-        path, epochs = last_checkpoint(folder, validation=validation)
-        if path:
+        path, epochs = last_checkpoint(folder, validation=validation) if share.rank == 0 else (None, 0)
+        content = None
+        if not share.is_all:
+            path, epochs, content = spread_checkpoint(path, epochs)
+        if path and share.rank == 0:
             print(f"resuming after epoch {epochs} of at most {settings.epochs}", file=sys.stderr)
-        own = [Progress(), *callbacks, ResumableEarlyStopping(settings, validation=validation)]
+        own = [*([Progress()] if share.rank == 0 else []), *callbacks]
+        own += [ResumableEarlyStopping(settings, validation=validation)]
+        if not share.is_all:
+            own.append(CallersSignals())
         best = [Keep(folder, BEST, monitor="val_loss")] if validation else []
         last = Keep(folder, LAST)  # after the best, whose score it holds
-        trainer = _trainer(settings, [*own, *best, last], logger, validation=validation)
+        trainer = _trainer(settings, [*own, *best, last], logger, share, content, validation=validation)
         started = time.perf_counter()
         try:
             trainer.fit(module, datamodule=data, ckpt_path=path)
@@ -100,14 +123,22 @@ def fit(
             raise
         seconds = time.perf_counter() - started
         best_epoch = len(module.history)
-        if best:
+        if best and share.rank == 0:
             chosen = load_checkpoint(path_of(folder, BEST))
             module.load_state_dict(chosen["state_dict"])
             best_epoch = len(chosen["history"])
     return Fit(module.vae.cpu(), module.history, best_epoch, seconds, epochs)
 
 
-def _trainer(settings: Train, callbacks: list[Callback], logger: Logger | None, *, validation: bool) -> L.Trainer:
+def _trainer(
+    settings: Train,
+    callbacks: list[Callback],
+    logger: Logger | None,
+    share: Share,
+    checkpoint: bytes | None,
+    *,
+    validation: bool,
+) -> L.Trainer:
     """A Trainer that reports through our callbacks only.
 
     Raises:
@@ -116,14 +147,28 @@ def _trainer(settings: Train, callbacks: list[Callback], logger: Logger | None, 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no inventory of accelerators
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 beside torch 2.13: nothing a user can act on
     warnings.filterwarnings("ignore", ".*checkpoint directory.*")  # it is meant to hold what a run left
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on all processes
+    strategy: str | DDPStrategy = "auto"
+    plugins: list[Any] = [AtomicCheckpointIO(checkpoint)]
+    devices = nodes = 1
+    if not share.is_all:
+        # The process group is there already. Lightning reads from the environment what torchrun, too, leaves there.
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
+        plugins.append(TorchElasticEnvironment())
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = share.processes // devices
     try:
         return L.Trainer(
             accelerator=settings.accelerator,
-            devices=1,
+            precision=settings.precision,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=strategy,
+            use_distributed_sampler=False,  # our data module knows this process's share
+            plugins=plugins,
             max_epochs=settings.epochs,
             callbacks=callbacks,
             logger=logger or False,
-            plugins=[AtomicCheckpointIO()],
             log_every_n_steps=1,  # once per epoch is how we log; this keeps Lightning from warning of few steps
             enable_progress_bar=False,
             enable_model_summary=False,

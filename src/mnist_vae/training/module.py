@@ -1,6 +1,7 @@
 """The optimisation of a VAE as a LightningModule around vae.py."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from mnist_vae.errors import UserError
 from mnist_vae.model.latent import to_unit
-from mnist_vae.model.vae import VAE, Loss, negative_elbo, negative_iwae_bound
+from mnist_vae.model.vae import VAE, Loss, Posterior, negative_elbo, negative_iwae_bound
 from mnist_vae.params import Train
+from mnist_vae.training import data_module
+from mnist_vae.training.processes import ALL, Share
 
 Losses = dict[str, float]  # loss, bce, kld (and val_…), nats per image
 
@@ -24,13 +27,19 @@ class VAETraining(L.LightningModule):
     step of its own: manual optimisation. Losses are in nats per image, once per epoch: logged as ``train/loss``, …,
     monitored as ``train_loss`` and ``val_loss``, and kept in ``history``; always with the full KL weight, also while
     that which is minimised has a lower one (``kl_weight``).
+
+    Of several processes each takes its ``share`` of a mini-batch. All draw the noise of the whole mini-batch, so that
+    it does not depend on their number, and all see the sums over all of them.
     """
 
-    def __init__(self, vae: VAE, settings: Train, redraw_seed: int | None, train_images: int) -> None:
+    def __init__(
+        self, vae: VAE, settings: Train, redraw_seed: int | None, train_images: int, share: Share = ALL
+    ) -> None:
         """With ``redraw_seed`` (dynamic binarisation) pixels are fresh draws from Bernoulli(pixel) at each epoch."""
         super().__init__()
         self.automatic_optimization = False
         self.vae, self.settings, self.redraw_seed, self.train_images = vae, settings, redraw_seed, train_images
+        self.share = share
         self.terms = self._terms if settings.compile == "none" else torch.compile(self._terms, mode=settings.compile)
         self.train_sums: list[Tensor] = []  # (3,) per chunk of this epoch
         self.val_sums: list[Tensor] = []
@@ -42,20 +51,22 @@ class VAETraining(L.LightningModule):
         return None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
     def _terms(
-        self, x: Tensor, generator: torch.Generator | None = None, kl_weight: Tensor | None = None
+        self, x: Tensor, images: int, generator: torch.Generator | None = None, kl_weight: Tensor | None = None
     ) -> tuple[Tensor, Loss]:
-        """What to minimise on a mini-batch (B, D), and the loss to report, both summed over it.
+        """What to minimise on x (B, D), this process's share of so many images, and the loss to report, both summed.
 
         The first differs from the loss where it has a ``kl_weight`` of its own.
         """
         draws = self.settings.importance_samples
+        posterior = Posterior(*(part.float() for part in self.vae.encode(x)))  # also where layers have less precision
+        shape = (images, posterior.mean.shape[1]) if draws == 1 else (draws, images, posterior.mean.shape[1])
+        eps = self.share.of(posterior.mean.new_empty(shape).normal_(generator=generator), dim=-2)
+        z = posterior.at(eps)  # (B, Z), or (K, B, Z) for K draws
+        logits = self.vae.decode(z).float()
         if draws == 1:
-            logits, posterior = self.vae(x, generator)
             negative_bound = partial(negative_elbo, logits, x, posterior)
         else:
-            posterior = self.vae.encode(x)
-            z = posterior.sample(generator, draws)  # (K, B, Z)
-            negative_bound = partial(negative_iwae_bound, self.vae.decode(z), x, z, posterior)
+            negative_bound = partial(negative_iwae_bound, logits, x, z, posterior)
         reported = negative_bound(self.settings.kl_weight)
         return reported.loss if kl_weight is None else negative_bound(kl_weight).loss, reported
 
@@ -100,7 +111,7 @@ class VAETraining(L.LightningModule):
             self._resumed_generators = {}
 
     def training_step(self, chunk: Tensor, index: int) -> None:
-        """Train on a chunk (≤ CHUNK · batch_size, D) of uint8 images.
+        """Train on a chunk (≤ CHUNK · batch_size, D) of uint8 images, or on this process's share of it.
 
         Raises:
             UserError: the loss of a mini-batch, or at the epoch's end a weight or a moment of Adam, is not finite.
@@ -110,16 +121,18 @@ class VAETraining(L.LightningModule):
         assert not isinstance(schedule, list)
         totals = [torch.zeros(3, device=self.device)]  # after each step
         steps_before = self.current_epoch * self.steps_per_epoch + self.steps
-        for step, images in enumerate(chunk.split(self.settings.batch_size), steps_before):
+        for step, (x, images) in enumerate(self._mini_batches(chunk), steps_before):
             weight = self.kl_weight(step)
             rising = None if weight == self.settings.kl_weight else torch.tensor(weight, device=self.device)
-            minimised, terms = self.terms(pixels(images, self.redraw), kl_weight=rising)
+            minimised, terms = self.terms(x, images, kl_weight=rising)
             optimizer.zero_grad()
-            self.manual_backward(minimised)
+            # Of several processes, Lightning's strategy averages the gradients, and ours is that of the sum.
+            self.manual_backward(minimised if self.share.is_all else minimised * self.share.processes)
             optimizer.step()
             if schedule is not None:
                 schedule.step()
             totals.append(totals[-1] + torch.stack(terms).detach())
+        totals = self._over_processes(totals)
         if not totals[-1].isfinite().all():
             finite = torch.stack(totals).isfinite().all(dim=1)
             raise self._diverged(self.steps + int(finite.sum()), "the loss")
@@ -129,6 +142,30 @@ class VAETraining(L.LightningModule):
             moments = (tensor for state in optimizer.optimizer.state.values() for tensor in state.values())
             if not all(tensor.isfinite().all() for tensor in (*self.vae.parameters(), *moments)):
                 raise self._diverged(self.steps, "a weight or a moment of Adam")
+
+    def _mini_batches(self, chunk: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """This process's shares of the mini-batches of a chunk, as pixels, and the number of images of each as a whole.
+
+        A chunk has the shares only, unless pixels are drawn: those are drawn of the whole mini-batch.
+        """
+        batch_size = self.settings.batch_size
+        if self.share.is_all or self.redraw is not None:
+            for images in chunk.split(batch_size):
+                yield self.share.of(pixels(images, self.redraw)), len(images)
+            return
+        left = self.train_images - self.steps * batch_size
+        firsts = range(0, min(left, data_module.CHUNK * batch_size), batch_size)
+        sizes = [min(batch_size, left - first) for first in firsts]
+        for images, size in zip(chunk.split([self.share.size(size) for size in sizes]), sizes, strict=True):
+            yield pixels(images), size
+
+    def _over_processes(self, sums: list[Tensor]) -> list[Tensor]:
+        """Sums of this process to sums over all processes, which all of them get."""
+        if self.share.is_all:
+            return sums
+        total = self.trainer.strategy.reduce(torch.stack(sums), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return list(total)
 
     def _diverged(self, step: int, what: str) -> UserError:
         return UserError(
@@ -145,11 +182,12 @@ class VAETraining(L.LightningModule):
     def validation_step(self, images: Tensor, index: int) -> None:
         fewer = max(1, len(images) // self.settings.importance_samples)  # so that memory does not grow with the draws
         for block in images.split(fewer):
-            _, terms = self._terms(pixels(block), self.noise)
+            _, terms = self._terms(self.share.of(pixels(block)), len(block), self.noise)
             self.val_sums.append(torch.stack(terms))
         self.val_images += len(images)
 
     def on_validation_epoch_end(self) -> None:
+        self.val_sums = self._over_processes(self.val_sums)
         loss = per_image(self.val_sums, self.val_images)["loss"]
         if not math.isfinite(loss):
             raise self._diverged(self.steps, "the validation loss")

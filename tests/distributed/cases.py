@@ -1,0 +1,64 @@
+"""python -m tests.distributed.cases PROCESSES IMAGES FOLDER: fit every case; each process writes what it got."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mnist_vae.compat import cure_torchvision
+
+cure_torchvision()
+
+import numpy as np  # noqa: E402  after the cure
+import torch  # noqa: E402
+
+from mnist_vae.training import data_module  # noqa: E402
+from mnist_vae.training.fit import fit  # noqa: E402
+from mnist_vae.training.processes import processes  # noqa: E402
+from tests.training import CONFIG, Recorder, settings, weights  # noqa: E402
+
+CASES: dict[str, dict[str, Any]] = {  # for 100 images
+    "last mini-batch of 4": {"epochs": 3},
+    "last mini-batch of one image": {"epochs": 2, "batch_size": 33},
+    "pixels drawn": {"epochs": 2, "redraw_seed": 5},
+    "several draws of z": {"epochs": 2, "importance_samples": 3},
+    "stopped early": {"epochs": 5, "patience": 1, "min_delta": 1e6},
+    "held out": {"epochs": 3, "learning_rate": 0.1, "validation_size": 31},
+    "all at once": {
+        "epochs": 5,
+        "batch_size": 23,
+        "kl_warmup": 0.3,
+        "importance_samples": 3,
+        "schedule": "one_cycle",
+        "redraw_seed": 5,
+        "validation_size": 31,
+        "patience": 1,
+        "min_delta": 1e6,
+    },
+    "layers in bfloat16": {"epochs": 2, "precision": "bf16-mixed"},
+}
+
+
+def main(count: int, images: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    data_module.CHUNK = 2  # several chunks in an epoch
+    command = [sys.executable, "-m", "tests.distributed.cases", *sys.argv[1:]]
+    with processes(settings(devices=count), command) as group:
+        group.join({})
+        for name, case in CASES.items():
+            changes = dict(case)
+            redraw_seed, logger = changes.pop("redraw_seed", None), Recorder()
+            chosen = settings(**changes, devices=count)
+            first = group.place.rank == 0
+            trained = fit(np.load(images), CONFIG, chosen, redraw_seed=redraw_seed, logger=logger if first else None)
+            result = {
+                "history": trained.history,
+                "best_epoch": trained.best_epoch,
+                "logged": logger.records,
+                "weights": weights(trained.vae).tolist(),
+            }
+            (folder / f"{name}, {group.place.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
