@@ -16,7 +16,7 @@ from typing import Any
 
 from tools.clone import ROOT
 
-DATASET = Path("dataset.npz")
+DATASET = Path("dataset")
 TRAINED = Path("vae.safetensors")
 MLFLOW_TIME_LIMIT_S = 120  # for the process beside a training to load MLflow and to make its database
 

@@ -7,24 +7,65 @@
 Numbers of one setting mean nothing beside those of another, so ``metric_name`` gives each setting names of its own.
 """
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mnist_vae.data.dataset import Binarize, Dataset, Images
+from mnist_vae.data.dataset import Binarize, Dataset, Images, ImageSource, Index
 
 
-def binarize(images: Images, seed: int) -> Images:
-    """One draw of Bernoulli(pixel / 255) for each pixel of uint8 images, as 0 or 255; the same for equal seeds."""
-    uniform = np.random.default_rng(seed).random(images.shape, dtype=np.float32)
-    return np.where(255 * uniform < images, np.uint8(255), np.uint8(0))
+class Binarized:
+    """Images of which each pixel is drawn once from Bernoulli(pixel / 255), as 0 or 255; equal for equal seeds.
+
+    They are drawn where they are asked for, and are the same whichever images are asked for, in whatever order:
+    PCG64 can be advanced to any of its numbers.
+    """
+
+    def __init__(self, images: ImageSource, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.side = images.shape[1:]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, 28, 28)."""
+        return self.images.shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: slice | Index) -> Images:
+        """The images of a slice without a step, or at some positions."""
+        gray = self.images[key]
+        bits = np.random.PCG64(self.seed)
+        generator = np.random.Generator(bits)
+        if isinstance(key, slice):
+            bits.advance(self._numbers(key.indices(len(self))[0]))
+            uniform = generator.random(gray.shape, dtype=np.float32)
+        else:
+            uniform = np.empty(gray.shape, np.float32)
+            position = 0
+            for row, image in zip(uniform, key.tolist(), strict=True):
+                bits.advance(self._numbers(image - position))
+                generator.random(dtype=np.float32, out=row)
+                position = image + 1
+        return np.where(255 * uniform < gray, np.uint8(255), np.uint8(0))
+
+    def _numbers(self, images: int) -> int:
+        """64-bit numbers of the generator for so many images: one for two pixels."""
+        return images * math.prod(self.side) // 2
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[:], dtype)
 
 
 def binarize_dataset(dataset: Dataset, setting: Binarize, seed: int) -> Dataset:
     """The data set with the pixels that a model is measured on under this setting, drawn once from ``seed``."""
     if setting == "none":
         return dataset
-    x_train, x_test = binarize(dataset.x_train, seed), binarize(dataset.x_test, seed + 1)
+    x_train, x_test = Binarized(dataset.x_train, seed), Binarized(dataset.x_test, seed + 1)
     return replace(dataset, x_train=x_train, x_test=x_test, binarize=setting)
 
 

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from mnist_vae.data.dataset import Images
+from mnist_vae.data.dataset import ImageSource
 from mnist_vae.errors import UserError
 from mnist_vae.model.vae import VAE, VAEConfig
 from mnist_vae.params import Train
@@ -53,7 +53,7 @@ class Fit(NamedTuple):
 
 
 def fit(
-    images: Images,
+    images: ImageSource,
     config: VAEConfig,
     settings: Train,
     *,
@@ -78,6 +78,7 @@ def fit(
         validation_size=settings.validation_size,
         seed=settings.seed,
         redraw_seed=redraw_seed,
+        shuffle_window=settings.shuffle_window,
     )
     validation = settings.validation_size > 0
     seed_everything(settings.seed)
