@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from mnist_vae.data.dataset import Binarize, Dataset, Images, ImageSource, Index
 
+DRAWN = 256  # images at a time
+
 
 class Binarized:
     """Images of which each pixel is drawn once from Bernoulli(pixel / 255), as 0 or 255; equal for equal seeds.
@@ -26,7 +28,6 @@ class Binarized:
 
     def __init__(self, images: ImageSource, seed: int) -> None:
         self.images, self.seed = images, seed
-        self.side = images.shape[1:]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,23 +40,20 @@ class Binarized:
     def __getitem__(self, key: slice | Index) -> Images:
         """The images of a slice without a step, or at some positions."""
         gray = self.images[key]
+        positions = range(*key.indices(len(self))) if isinstance(key, slice) else key.tolist()
+        numbers = math.prod(self.images.shape[1:]) // 2  # of the generator's, of 64 bits, for an image: two pixels each
         bits = np.random.PCG64(self.seed)
         generator = np.random.Generator(bits)
-        if isinstance(key, slice):
-            bits.advance(self._numbers(key.indices(len(self))[0]))
-            uniform = generator.random(gray.shape, dtype=np.float32)
-        else:
-            uniform = np.empty(gray.shape, np.float32)
-            position = 0
-            for row, image in zip(uniform, key.tolist(), strict=True):
-                bits.advance(self._numbers(image - position))
+        uniform = np.empty((DRAWN, *gray.shape[1:]), np.float32)
+        drawn, at = np.empty_like(gray), 0
+        for first in range(0, len(gray), DRAWN):
+            some = slice(first, first + DRAWN)
+            for row, position in zip(uniform, positions[some], strict=False):
+                bits.advance(numbers * (position - at))
                 generator.random(dtype=np.float32, out=row)
-                position = image + 1
-        return np.where(255 * uniform < gray, np.uint8(255), np.uint8(0))
-
-    def _numbers(self, images: int) -> int:
-        """64-bit numbers of the generator for so many images: one for two pixels."""
-        return images * math.prod(self.side) // 2
+                at = position + 1
+            drawn[some] = np.where(255 * uniform[: len(gray[some])] < gray[some], np.uint8(255), np.uint8(0))
+        return drawn
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[:], dtype)

@@ -81,8 +81,12 @@ def encode(vae: VAE, images: Sliced) -> Posterior:
     count = -(-len(images) // BLOCK)
     size, larger = divmod(len(images), count)  # the first ``larger`` blocks have one image more
     bounds = [block * size + min(block, larger) for block in range(count + 1)]
-    blocks = [vae.encode(to_tensor(images[first:last])) for first, last in pairwise(bounds)]
-    return Posterior(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    weights = next(vae.parameters())
+    posterior = Posterior(*(weights.new_empty(len(images), vae.config.latent_dim) for _ in Posterior._fields))
+    for first, last in pairwise(bounds):
+        for whole, part in zip(posterior, vae.encode(to_tensor(images[first:last])), strict=True):
+            whole[first:last] = part  # at once: thousands of small tensors would leave the memory in pieces
+    return posterior
 
 
 @torch.inference_mode()

@@ -55,7 +55,8 @@ def rows(images: Tensor | ImageSource, which: slice | Tensor) -> Tensor:
     if isinstance(images, Tensor):
         return images[which if isinstance(which, slice) else which.to(images.device)]
     found = images[which] if isinstance(which, slice) else images[which.numpy(force=True)]
-    return torch.from_numpy(np.array(found)).flatten(1)  # a copy, as a mapped file is read-only
+    own = found if found.flags.writeable else np.array(found)  # a mapped file is read-only, and torch takes no such
+    return torch.from_numpy(own).flatten(1)
 
 
 def in_equal_parts(order: Iterable[Tensor], size: int) -> Iterator[Tensor]:
