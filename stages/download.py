@@ -30,7 +30,7 @@ def obtain(asked_for: Data) -> Dataset:
         from mnist_vae.sources.folder import read_folder
 
         make_folder(DATASET.parent)
-        return read_folder(WORKSPACE / Path(asked_for.dataset).expanduser(), scratch=DATASET.parent)
+        return read_folder(WORKSPACE / asked_for.dataset, scratch=DATASET.parent)
     if asked_for.dataset == "mnist":
         from mnist_vae.sources.mnist import NoMirrorAnswersError, download_mnist
 

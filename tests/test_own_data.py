@@ -124,6 +124,11 @@ def test_a_missing_folder_is_named(folder):
     assert "is no folder; correct the path in params.yaml" in refusal(folder / "missing")
 
 
+def test_a_path_that_no_system_takes_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^data.dataset: .*: File name too long; correct the path"):
+        read_folder(tmp_path / ("x" * 300), tmp_path)
+
+
 @pytest.mark.parametrize("left", [0, 7, 16, 1_000, -1])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_an_idx_file_that_is_cut_short_is_refused(folder, left, suffix):

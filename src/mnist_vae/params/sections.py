@@ -65,7 +65,7 @@ class Train(Section):
     seed: Seed
     epochs: Count
     batch_size: Count
-    shuffle_window: Annotated[int, Field(ge=1, le=10**9)]  # images
+    shuffle_window: Count
     kl_weight: NonNegative
     kl_warmup: Annotated[float, Field(ge=0, le=1)]
     importance_samples: Count

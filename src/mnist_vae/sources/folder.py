@@ -35,9 +35,12 @@ def read_folder(folder: Path, scratch: Path) -> Dataset:
             from 0 to 9, as many as images.
     """
     where = f"data.dataset: {folder}"
-    if not folder.is_dir():
-        raise UserError(f"{where} is no folder; correct the path in params.yaml (a relative one counts from there)")
-    files = {array: _file_of(folder, array) for array in ARRAYS}
+    try:
+        if not folder.is_dir():
+            raise UserError(f"{where} is no folder; correct the path in params.yaml (a relative one counts from there)")
+        files = {array: _file_of(folder, array) for array in ARRAYS}
+    except OSError as error:  # a name that is too long, or a folder that is not ours to read
+        raise UserError(f"{where} cannot be read: {error.strerror}; correct the path or its permissions") from error
     missing = [array for array, file in files.items() if file is None]
     if images := [array for array in missing if array.startswith("x")]:
         names = " or ".join(f"{array}.npy or {IDX_FILES[array]}(.gz)" for array in images[:1])
