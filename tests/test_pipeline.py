@@ -30,9 +30,11 @@ OFFLINE = {"MNIST_MIRROR": "", "http_proxy": NOBODY, "https_proxy": NOBODY}
 
 
 def outputs(clone: Path) -> dict[str, Path]:
-    """Every output of every stage."""
+    """Every output of every stage; of a folder, the files in it."""
     stages = YAML(typ="safe").load(clone / "dvc.lock")["stages"]
-    return {out["path"]: clone / out["path"] for stage in stages.values() for out in stage["outs"]}
+    paths = [clone / out["path"] for stage in stages.values() for out in stage["outs"]]
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return {file.relative_to(clone).as_posix(): file for file in files}
 
 
 def contents(clone: Path) -> dict[str, bytes]:
