@@ -43,12 +43,15 @@ class Effort:
     whole_epochs: int | None = None  # of the whole pipeline and the whole notebook, instead of the default
     seeds: tuple[int, ...] = (1, 2, 3)
     growth: tuple[int, ...] = (10_000, 60_000, 600_000)
+    large: tuple[int, int] = (300_000, 10_000_000)  # images in memory, and images in a file
     evaluated: tuple[int, ...] = (10_000, 20_000, 40_000, 80_000)
     weighed: tuple[int, ...] = (500, 1_000, 2_000)  # images of importance sampling
     draws: tuple[int, ...] = (50, 100, 200, 400)  # its samples per image
     workspaces: int = 8  # that send short runs at once
     short_runs: int = 25  # of each
 
+
+LARGE_MEMORY = 1_500_000_000  # bytes for a training on images from a file
 
 FULL = Effort()
 QUICK = Effort(
@@ -61,6 +64,7 @@ QUICK = Effort(
     whole_epochs=1,
     seeds=(1,),
     growth=(2_000, 20_000),
+    large=(6_400, 20_000),
     evaluated=(2_000, 10_000),
     weighed=(100, 200),
     draws=(50, 100),
@@ -366,6 +370,30 @@ class Bench:
             rows,
         )
 
+    def large(self) -> Section:
+        in_memory, in_file = self.effort.large
+        for images in (in_memory, in_file):
+            self.worker("synthetic", images=images)
+        calls = {
+            ("in memory", in_memory): lambda: self.worker("large", images=in_memory),
+            ("from a file", in_file): lambda: self.worker("large", images=in_file, memory=LARGE_MEMORY),
+        }
+        rows, speed = [], {}
+        for (where, images), runs in alternate(calls, self.effort.rounds).items():
+            seconds = Sample.of(run["seconds"][-1] for run in runs)
+            speed[where] = images / seconds.median
+            size = f"{runs[0]['data_bytes'] / 1e6:,.0f}"
+            rows.append([where, f"{images:,}", size, seconds.text(1), f"{speed[where]:,.0f}"])
+        return Section(
+            "Data of any size",
+            "One epoch on MNIST's images by repetition, batch 64: in memory with one permutation, and gathered from a "
+            f"mapped file with a shuffle window, by a process that gets no more than {LARGE_MEMORY / 1e9} GB of memory "
+            "of its own (RLIMIT_DATA; the file's pages in the system's cache are not counted).",
+            ["images", "number", "data, MB", "s per epoch", "images/s"],
+            rows,
+            [Limit("time per image from a file / in memory", speed["in memory"] / speed["from a file"], 1.25)],
+        )
+
     def growth(self) -> Section:
         effort = self.effort
         middle = effort.draws[1]
@@ -459,6 +487,7 @@ QUESTIONS = {
     "server": Bench.server,
     "tracking": Bench.tracking,
     "growth": Bench.growth,
+    "large": Bench.large,
     "gpu": Bench.gpu,
 }
 

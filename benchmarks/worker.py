@@ -17,7 +17,7 @@ from typing import Any
 
 from tools.clone import ROOT
 
-DATASET = Path("dataset.npz")
+DATASET = Path("dataset")
 TRAINED = Path("vae.safetensors")
 MLFLOW_TIME_LIMIT_S = 120  # for the process beside a training to load MLflow and to make its database
 
@@ -165,6 +165,41 @@ def test_loss(vae: Any, kl_weight: float) -> float:
     return float(summarise_elbo(bce, posterior.kld().double(), kl_weight)["loss"])
 
 
+def synthetic(images: int) -> dict[str, Any]:
+    """A data set of MNIST's training images over and over, written to large-IMAGES without being in memory."""
+    import numpy as np
+
+    from mnist_vae.data.dataset import Dataset, Selection, save_dataset
+
+    mnist = dataset()
+    positions = np.arange(images) % len(mnist.x_train)
+    repeated_images = Selection(mnist.x_train, positions)
+    save_dataset(Path(f"large-{images}"), Dataset("synthetic/", repeated_images, None, mnist.x_test, None))
+    return {}
+
+
+def large(images: int, memory: int | None = None) -> dict[str, Any]:
+    """Seconds of an epoch on the images that ``synthetic`` wrote, from its start, hashes of the file included in none.
+
+    With ``memory`` the process may have no more bytes of its own than that, and gathers from the mapped file in windows
+    of a tenth of the images, or a million; without it the images are in memory.
+    """
+    from benchmarks.clock import EpochClock
+    from mnist_vae.data.dataset import load_dataset
+    from mnist_vae.model.vae import VAEConfig
+    from mnist_vae.training import data_module
+    from mnist_vae.training.fit import fit
+
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    data_module.IN_MEMORY = 2**50 if memory is None else 0
+    window = 1_000_000 if memory is None else min(1_000_000, images // 10)
+    train, clock = settings(accelerator="cpu", epochs=1, shuffle_window=window), EpochClock()
+    images_of = load_dataset(f"large-{images}").x_train
+    fit(images_of, VAEConfig(), train, callbacks=[without_checkpoints(), clock])
+    return {"seconds": clock.seconds, "data_bytes": images * 784}
+
+
 def evaluate(estimator: str, images: int, draws: int) -> dict[str, Any]:
     """Seconds of one estimator on test images, by repetition, with so many draws of z per image."""
     from mnist_vae.evaluation.evaluate import sampled_bce
@@ -207,7 +242,7 @@ def gpu() -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    task.__name__: task for task in (prepare, bare, notebook, whole_notebook, pipeline, evaluate, gpu)
+    task.__name__: task for task in (prepare, bare, notebook, whole_notebook, pipeline, synthetic, large, evaluate, gpu)
 }
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PARAMS = Path("params.yaml")
-DATASET = Path("data/dataset.npz")
+DATASET = Path("data/dataset")  # a folder
 ABOUT_DATASET = DATASET.with_suffix(".json")
 MODEL = Path("models/vae.safetensors")
 LOSSES = Path("plots/losses.csv")

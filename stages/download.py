@@ -1,4 +1,4 @@
-"""download: which images?   data.* → data/dataset.npz, data/dataset.json"""
+"""download: which images?   data.* → data/dataset/*.npy, data/dataset.json"""
 
 import logging
 import os
@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 from mnist_vae.data.dataset import Dataset, load_dataset, save_dataset
-from mnist_vae.params import Data, load_params
+from mnist_vae.files import make_folder
+from mnist_vae.params import NAMES, Data, load_params
 from stages import WORKSPACE, outputs
 from stages.artifacts import ABOUT_DATASET, DATASET, PARAMS
 
@@ -19,11 +20,17 @@ def main() -> None:
     dataset = obtain(asked_for)
 
     save_dataset(DATASET, dataset, asked_for.dataset)
-    print(f"{dataset.title}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images")
+    labels = "" if dataset.y_train is not None else ", without labels"
+    print(f"{dataset.title}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images{labels}")
 
 
 def obtain(asked_for: Data) -> Dataset:
     """The data set asked for; where MNIST is out of reach, what DVC's cache has of it, or else the fallback."""
+    if asked_for.dataset not in NAMES:
+        from mnist_vae.sources.folder import read_folder
+
+        make_folder(DATASET.parent)
+        return read_folder(WORKSPACE / asked_for.dataset, scratch=DATASET.parent)
     if asked_for.dataset == "mnist":
         from mnist_vae.sources.mnist import NoMirrorAnswersError, download_mnist
 
@@ -47,15 +54,17 @@ def obtain(asked_for: Data) -> Dataset:
 
 def cached_mnist() -> Dataset | None:
     """MNIST as dvc.lock names it, from DVC's cache; None where it is not there, or dvc.lock is of another data set."""
-    contents = {output.path: output.recorded() for output in outputs.locked("download")}
-    about, images = contents.get(ABOUT_DATASET), contents.get(DATASET)
-    if not about or not images or b'"name": "mnist"' not in about:
+    locked = {output.path: output for output in outputs.locked("download")}
+    if not {DATASET, ABOUT_DATASET} <= locked.keys():
         return None
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, DATASET.name)
-        copy.write_bytes(images)
-        copy.with_suffix(".json").write_bytes(about)
-        return load_dataset(copy)
+        for path in (ABOUT_DATASET, DATASET):
+            try:
+                locked[path].put(Path(folder, path.name))
+            except FileNotFoundError:
+                return None
+        cached = load_dataset(Path(folder, DATASET.name))  # mapped: it outlives the files' names
+    return cached if cached.name == "mnist" else None
 
 
 def mirror() -> str | None:

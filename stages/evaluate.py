@@ -10,7 +10,7 @@ from mnist_vae.data.binarization import binarize_dataset, metric_name
 from mnist_vae.data.dataset import Dataset, hold_out, load_dataset
 from mnist_vae.evaluation.codes import active_units
 from mnist_vae.evaluation.evaluate import Evaluation, Metrics, evaluate
-from mnist_vae.evaluation.model_card import COLLAPSED, group, is_detail, model_card
+from mnist_vae.evaluation.model_card import COLLAPSED, NO_LABELS, group, is_detail, model_card
 from mnist_vae.files import atomic_write, write_json, write_text
 from mnist_vae.model.cpu import set_up_cpu
 from mnist_vae.model.latent import decode, leading_dimensions, traverse
@@ -57,6 +57,8 @@ def main(session: Session) -> None:
     if not evaluation.metrics["active_units"]:
         print(f"evaluate: WARNING: {COLLAPSED}")
         session.log_tags({"warning": COLLAPSED})
+    if dataset.y_test is None:
+        print(f"evaluate: {NO_LABELS}")
     print(f"{dataset.title}, {len(dataset.x_test):,} test images, {in_words(evaluation.metrics)}")
 
 
@@ -91,13 +93,15 @@ def draw(dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> None:
     figures.save_png(PLOTS / "losses.png", figures.losses_figure(losses, model.dataset))
 
     codes = pd.DataFrame(means, columns=[f"z{dim}" for dim in range(means.shape[1])])
-    codes.insert(0, "digit", dataset.y_test)
+    if dataset.y_test is not None:
+        codes.insert(0, "digit", dataset.y_test)
     with atomic_write(CODES) as scratch:
         codes.to_csv(scratch, index=False, float_format="%.5f")
 
     ellipses = np.random.default_rng(0).choice(len(means), min(ELLIPSES, len(means)), replace=False)
-    latents = (evaluation.posterior, dataset.y_test, leading_dimensions(model.kld_per_dim), ellipses, title)
-    figures.save_png(PLOTS / "latents.png", figures.latents_figure(*latents))
+    plane = leading_dimensions(model.kld_per_dim)
+    latents = figures.latents_figure(evaluation.posterior, dataset.y_test, plane, ellipses, title)
+    figures.save_png(PLOTS / "latents.png", latents)
     figures.save_png(PLOTS / "nll.png", figures.nll_figure(evaluation.nll, dataset.y_test, title))
 
     spread = np.linspace(0, len(means) - 1, min(RECONSTRUCTIONS, len(means))).round().astype(int)

@@ -2,13 +2,17 @@
 
 import configparser
 import hashlib
+import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from mnist_vae.errors import UserError
-from mnist_vae.files import SCRATCH, flush_to_disk, make_folder, writable, write_bytes
+from mnist_vae.files import SCRATCH, atomic_write, flush_to_disk, make_folder, writable, write_bytes
 from stages import WORKSPACE
 
 OBJECT = re.compile(r"[0-9a-f]{30}(\.dir)?")  # the name of a file in DVC's cache; others are still being written
@@ -25,26 +29,79 @@ log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
-    """An output of a stage, as dvc.lock names it."""
+    """An output of a stage, as dvc.lock names it: a file, or a folder of files, whose hash ends in ``.dir``."""
 
     path: Path
     md5: str
 
     def is_there(self) -> bool:
-        """Whether the file is what DVC recorded."""
-        return self.path.is_file() and md5(self.path.read_bytes()) == self.md5
+        """Whether the file, or the folder, is what DVC recorded."""
+        return self.path.exists() and hash_of(self.path) == self.md5
 
-    def recorded(self) -> bytes | None:
-        """Its content, from DVC's cache or from git's last commit; None where neither has it."""
-        for content in (_from_cache(self.md5), _from_git(self.path)):
-            if content is not None and md5(content) == self.md5:
-                return content
-        return None
+    def objects(self) -> list[str]:
+        """The hashes of what DVC's cache has of it: of the file, or of a folder's listing and of each file in it."""
+        return [self.md5, *(file.md5 for file in self.files())] if self.is_folder else [self.md5]
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder."""
+        return self.md5.endswith(".dir")
+
+    def files(self) -> list["Output"]:
+        """The file itself, or those of the folder; none where the folder's listing is damaged or nowhere."""
+        if not self.is_folder:
+            return [self]
+        listing = _cached(self.md5)
+        if listing is None or not listing.is_file() or not is_whole(listing):
+            return []
+        return [Output(self.path / file["relpath"], file["md5"]) for file in json.loads(listing.read_bytes())]
+
+    def put(self, target: Path) -> None:
+        """Write it to ``target``, from DVC's cache or from git's last commit.
+
+        Raises:
+            FileNotFoundError: neither has it whole.
+            UserError: it cannot be written.
+        """
+        if not (files := self.files()):
+            raise FileNotFoundError(self.path)
+        for file in files:
+            cached = _cached(file.md5)
+            with atomic_write(target / file.path.relative_to(self.path)) as scratch:
+                if cached is not None and cached.is_file() and is_whole(cached):
+                    shutil.copyfile(cached, scratch)
+                elif (content := _from_git(file.path)) is not None and md5(content) == file.md5:
+                    scratch.write_bytes(content)
+                else:
+                    raise FileNotFoundError(file.path)
 
 
 def md5(content: bytes) -> str:
-    """The hash by which DVC knows a file."""
+    """The hash by which DVC knows a file of this content."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def hash_of(path: Path) -> str:
+    """The hash by which DVC knows a file or a folder, read block by block."""
+    if path.is_dir():
+        return md5(listing_of(path)) + ".dir"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def listing_of(folder: Path) -> bytes:
+    """What DVC's cache has for a folder: the files in it with their hashes, as DVC writes them, byte for byte."""
+    files = sorted((path.relative_to(folder).parts, path) for path in folder.rglob("*") if path.is_file())
+    entries = [{"md5": hash_of(path), "relpath": "/".join(parts)} for parts, path in files]
+    return json.dumps(entries, sort_keys=True).encode()
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def locked(*stages: str) -> list[Output]:
@@ -70,16 +127,14 @@ def restore(stage: str) -> None:
     missing = [output for output in outputs if not output.is_there()]
     there = {output.path for output in outputs} - {output.path for output in missing}
     for path in declared(stage, "outs", "metrics", "plots") - there:
-        path.unlink(missing_ok=True)
+        remove(path)
     try:
         for output in missing:
-            content = output.recorded()
-            if content is None:
-                raise FileNotFoundError(output.path)
-            write_bytes(output.path, content)
+            remove(output.path)
+            output.put(output.path)
     except (OSError, UserError):  # it is nowhere to be found, or the disk is full
         for output in outputs:
-            output.path.unlink(missing_ok=True)
+            remove(output.path)
 
 
 def remove_damaged(stage: str) -> list[Path]:
@@ -89,11 +144,13 @@ def remove_damaged(stage: str) -> list[Path]:
     """
     inputs, damaged = declared(stage, "deps"), []
     for output in locked():
-        if output.path in inputs and output.path.is_file() and not output.is_there():
-            cached = _cached(output.md5)
-            if cached is not None and cached.is_file() and not is_whole(cached):
-                cached.unlink()
-                output.path.unlink()
+        if output.path in inputs and output.path.exists() and not output.is_there():
+            objects = [found for found in map(_cached, output.objects()) if found is not None and found.is_file()]
+            broken = [found for found in objects if not is_whole(found)]
+            for found in broken:
+                found.unlink()
+            if broken:
+                remove(output.path)
                 damaged.append(output.path)
     return damaged
 
@@ -109,19 +166,32 @@ def put_into_cache(stage: str) -> None:
         return
     with suppress(OSError):
         for path in declared(stage, "outs", "metrics", "plots"):
-            content = path.read_bytes()
-            name = md5(content)
-            target = cache / name[:2] / name[2:]
-            if target.is_file() and is_whole(target):
-                continue
             with tempfile.TemporaryDirectory(dir=scratch_folder, prefix=f"{SCRATCH}{os.getpid()}-") as folder:
-                scratch = Path(folder, name)
-                scratch.write_bytes(content)
-                scratch.chmod(0o444)  # as DVC protects its objects
-                flush_to_disk(scratch)
-                make_folder(target.parent)
-                scratch.replace(target)
-            flush_to_disk(target.parent)
+                scratch = Path(folder, "object")
+                for file in path.rglob("*") if path.is_dir() else [path]:
+                    if file.is_file():
+                        _put_object(cache, hash_of(file), scratch, partial(shutil.copyfile, file))
+                if path.is_dir():  # last: where a listing is, there are the files that it names
+                    listing = listing_of(path)
+                    _put_object(
+                        cache,
+                        f"{md5(listing)}.dir",
+                        scratch,
+                        partial(Path.write_bytes, data=listing),
+                    )
+
+
+def _put_object(cache: Path, name: str, scratch: Path, write: Callable[[Path], Any]) -> None:
+    """Have an object of this name in the cache, flushed to the disk: written to ``scratch`` unless it is there."""
+    target = cache / name[:2] / name[2:]
+    if target.is_file() and is_whole(target):
+        return
+    write(scratch)
+    scratch.chmod(0o444)  # as DVC protects its objects
+    flush_to_disk(scratch)
+    make_folder(target.parent)
+    scratch.replace(target)
+    flush_to_disk(target.parent)
 
 
 def _is_cache_elsewhere() -> bool:
@@ -157,14 +227,7 @@ def check_cache() -> None:
 
 def is_whole(cached: Path) -> bool:
     """Whether an object of DVC's cache has the hash that its name says."""
-    with cached.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    return digest == cached.parent.name + cached.name.removesuffix(".dir")
-
-
-def _from_cache(md5_of_file: str) -> bytes | None:
-    cached = _cached(md5_of_file)
-    return cached.read_bytes() if cached is not None and cached.is_file() else None
+    return hash_of(cached) == cached.parent.name + cached.name.removesuffix(".dir")
 
 
 def _from_git(path: Path) -> bytes | None:

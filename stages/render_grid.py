@@ -23,7 +23,8 @@ def main(session: Session) -> None:
     grid = manifold(vae, params.grid.size, params.grid.quantiles, kld_per_dim)
     figures.save_png(PLOTS / "grid.png", figures.manifold_figure(grid, dataset))
     codes = read_csv("latents.csv", "evaluate", digit="uint8")
-    page = explorer_html(vae, codes.filter(like="z"), codes["digit"], dataset=dataset, kld_per_dimension=kld_per_dim)
+    digits = codes.get("digit")  # None where nobody has labelled the images
+    page = explorer_html(vae, codes.filter(like="z"), digits, dataset=dataset, kld_per_dimension=kld_per_dim)
     write_text(PLOTS / "explorer.html", page)
 
     session.describe(

@@ -15,6 +15,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
@@ -150,11 +151,21 @@ def uses(finished_pipeline, tmp_path_factory) -> dict[str, Use]:
     params = clone / "params.yaml"
     params.write_text(params.read_text().replace("dataset: digits", "dataset: mnist"))
     found = {}
+    # Before that, download takes a folder of images, which no other stage can tell from other images.
+    images = folder / "images"
+    images.mkdir()
+    for name in ("x_train", "x_test"):
+        np.save(images / f"{name}.npy", np.zeros((1, 28, 28), np.uint8))
+    mnist = params.read_text()
+    params.write_text(mnist.replace("dataset: mnist", f"dataset: {images}"))
+    run(clone, sys.executable, "-c", DRIVER, "download", folder / "own.json", env=OFFLINE | {"PYTHONPATH": "src"})
+    params.write_text(mnist)
     for stage in STAGES:
         report = folder / f"{stage}.json"
         run(clone, sys.executable, "-c", DRIVER, stage, report, env=OFFLINE | {"PYTHONPATH": "src"})
         content = json.loads(report.read_text())
         found[stage] = Use(set(content["files"]), set(content["params"]))
+    found["download"].files.update(json.loads((folder / "own.json").read_text())["files"])
     return found
 
 

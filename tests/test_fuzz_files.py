@@ -127,33 +127,42 @@ def dataset() -> Dataset:
 @pytest.fixture(scope="module")
 def dataset_file(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
     """A data set on disk; tests change its files at will and put them back."""
-    path = tmp_path_factory.mktemp("data") / "dataset.npz"
+    path = tmp_path_factory.mktemp("data") / "dataset"
     save_dataset(path, dataset)
     return path
 
 
-def check_dataset(path: Path, dataset: Dataset, npz: bytes | None = None, about: bytes | None = None) -> None:
-    """Read the data set with other contents of its files, which are then put back."""
-    originals = {file: file.read_bytes() for file in (path, path.with_suffix(".json"))}
+def file_of(folder: Path, name: str) -> Path:
+    """The file of an array, or the .json."""
+    return folder / f"{name}.npy" if name in ARRAYS else folder.with_suffix(".json")
+
+
+def check_dataset(folder: Path, dataset: Dataset, name: str, content: bytes) -> None:
+    """Read the data set with another content of one of its files, which is then put back."""
+    file = file_of(folder, name)
+    original = file.read_bytes()
+    file.unlink()  # it may be mapped still, and what is mapped must not shrink
     try:
-        for file, content in zip(originals, (npz, about), strict=True):
-            if content is not None:
-                file.write_bytes(content)
-        loaded = load_dataset(path)
+        file.write_bytes(content)
+        loaded = load_dataset(folder)
         assert loaded.name == dataset.name
         for array in ARRAYS:
             np.testing.assert_array_equal(getattr(loaded, array), getattr(dataset, array), strict=True)
     except UserError as error:
-        assert_one_line(error, path.parent)
+        assert_one_line(error, folder.parent)
     finally:
-        for file, content in originals.items():
-            file.write_bytes(content)
+        file.unlink()
+        file.write_bytes(original)
 
 
 @fuzz
-@given(data=st.data())
-def test_load_dataset_survives_damage_to_the_arrays(dataset_file: Path, dataset: Dataset, data: st.DataObject) -> None:
-    check_dataset(dataset_file, dataset, npz=data.draw(damaged(dataset_file.read_bytes())))
+@given(data=st.data(), array=st.sampled_from(ARRAYS))
+def test_load_dataset_survives_damage_to_the_arrays(
+    dataset_file: Path, dataset: Dataset, data: st.DataObject, array: str
+) -> None:
+    content = data.draw(damaged(file_of(dataset_file, array).read_bytes()))
+
+    check_dataset(dataset_file, dataset, array, content)
 
 
 @fuzz
@@ -161,7 +170,7 @@ def test_load_dataset_survives_damage_to_the_arrays(dataset_file: Path, dataset:
 def test_load_dataset_survives_damage_to_the_json(dataset_file: Path, dataset: Dataset, data: st.DataObject) -> None:
     about = data.draw(damaged(dataset_file.with_suffix(".json").read_bytes()))
 
-    check_dataset(dataset_file, dataset, about=about)
+    check_dataset(dataset_file, dataset, "json", about)
 
 
 @fuzz
@@ -169,7 +178,7 @@ def test_load_dataset_survives_damage_to_the_json(dataset_file: Path, dataset: D
 def test_load_dataset_survives_any_entry_in_the_json(dataset_file: Path, dataset: Dataset, data: st.DataObject) -> None:
     about = data.draw(other_entries(json.loads(dataset_file.with_suffix(".json").read_text())))
 
-    check_dataset(dataset_file, dataset, about=json.dumps(about).encode())
+    check_dataset(dataset_file, dataset, "json", json.dumps(about).encode())
 
 
 def npy(header: bytes, content: bytes) -> bytes:
@@ -189,18 +198,11 @@ headers = st.builds(
 
 
 @fuzz
-@given(header=headers | st.binary(max_size=200), array=st.sampled_from(ARRAYS), compression=st.sampled_from([0, 8, 12]))
+@given(header=headers | st.binary(max_size=200), array=st.sampled_from(ARRAYS))
 def test_load_dataset_survives_headers_that_claim_anything(
-    dataset_file: Path, dataset: Dataset, header: bytes, array: str, compression: int
+    dataset_file: Path, dataset: Dataset, header: bytes, array: str
 ) -> None:
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", compression) as changed:
-        for name in ARRAYS:
-            content = getattr(dataset, name).tobytes()
-            shape = getattr(dataset, name).shape
-            own = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
-            changed.writestr(f"{name}.npy", npy(header if name == array else own, content))
-    check_dataset(dataset_file, dataset, npz=archive.getvalue())
+    check_dataset(dataset_file, dataset, array, npy(header, getattr(dataset, array).tobytes()))
 
 
 # models

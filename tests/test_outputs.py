@@ -21,7 +21,9 @@ from tests.runs import children, client_of, main_run, stored_runs
 
 pytestmark = pytest.mark.slow
 
-KEPT, CACHED = Path("kept.txt"), Path("cached.bin")  # an output that git keeps, and one that is in DVC's cache only
+# An output that git keeps, one that is in DVC's cache only, and a folder that is there only.
+KEPT, CACHED, FOLDER = Path("kept.txt"), Path("cached.bin"), Path("folder")
+IN_FOLDER = (FOLDER / "one.txt", FOLDER / "deep/two.txt")
 
 
 # putting outputs back, in a repository with one stage that has two outputs
@@ -35,7 +37,9 @@ def made(tmp_path_factory) -> Path:
     for name, value in {"user.name": "A Tester", "user.email": "tester@example.org"}.items():
         run(folder, "git", "config", name, value)
     run(folder, "dvc", "init", "--quiet")
-    stage = {"cmd": f"echo kept > {KEPT}; echo cached > {CACHED}", "outs": [str(CACHED)]}
+    one, two = IN_FOLDER
+    command = f"echo kept > {KEPT}; echo cached > {CACHED}; mkdir -p {two.parent}; echo one > {one}; echo two > {two}"
+    stage = {"cmd": command, "outs": [str(CACHED), str(FOLDER)]}
     YAML().dump({"stages": {"toy": stage | {"metrics": [{str(KEPT): {"cache": False}}]}}}, folder / "dvc.yaml")
     run(folder, "dvc", "repro", "--quiet")
     return commit(folder, "A run")
@@ -51,11 +55,16 @@ def toy(made, tmp_path, monkeypatch) -> Path:
     for path in (KEPT, CACHED):
         path.unlink()
         path.write_text("half of something else")
+    shutil.rmtree(FOLDER)
+    FOLDER.mkdir()
+    IN_FOLDER[0].write_text("half of something else")
+    (FOLDER / "three.txt").write_text("what does not belong there")
     return folder
 
 
 def left() -> dict[Path, str]:
-    return {path: path.read_text() for path in (KEPT, CACHED) if path.exists()}
+    files = [KEPT, CACHED, *(path for path in FOLDER.rglob("*") if path.is_file())]
+    return {path: path.read_text() for path in files if path.exists()}
 
 
 def object_of(folder: Path, content: bytes) -> Path:
@@ -64,7 +73,7 @@ def object_of(folder: Path, content: bytes) -> Path:
     return folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
 
 
-WHOLE = {KEPT: "kept\n", CACHED: "cached\n"}
+WHOLE = {KEPT: "kept\n", CACHED: "cached\n", IN_FOLDER[0]: "one\n", IN_FOLDER[1]: "two\n"}
 
 
 @pytest.mark.usefixtures("toy")
@@ -77,6 +86,65 @@ def test_restore_takes_no_output_where_one_is_nowhere(toy):
     shutil.rmtree(toy / ".dvc/cache")
     outputs.restore("toy")
     assert left() == {}
+
+
+def listing_in(folder: Path) -> Path:
+    """Where DVC's cache has the listing of the folder."""
+    [found] = (folder / ".dvc/cache/files/md5").glob("??/*.dir")
+    return found
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_folder_has_the_hash_and_the_listing_that_dvc_gives_it(toy):
+    outputs.restore("toy")
+    [folder] = [output for output in outputs.locked("toy") if output.is_folder]
+    assert (folder.path, outputs.hash_of(FOLDER), folder.is_there()) == (FOLDER, folder.md5, True)
+    assert outputs.listing_of(FOLDER) == listing_in(toy).read_bytes()
+
+    (FOLDER / "three.txt").write_text("one too many")
+    assert not folder.is_there()
+
+
+@pytest.mark.parametrize("content", [b"one\n", b"two\n", None], ids=["a file", "another", "the listing"])
+def test_restore_takes_no_folder_of_which_the_cache_lacks_a_part(toy, content):
+    (listing_in(toy) if content is None else object_of(toy, content)).unlink()
+    outputs.restore("toy")
+    assert left() == {}
+
+
+@pytest.mark.parametrize("content", [b"one\n", b"two\n", None], ids=["a file", "another", "the listing"])
+def test_restore_takes_no_folder_of_which_the_cache_has_a_damaged_part(toy, content):
+    cached = listing_in(toy) if content is None else object_of(toy, content)
+    cached.chmod(0o644)
+    cached.write_text("damage")
+    outputs.restore("toy")
+    assert left() == {}
+
+
+@pytest.mark.parametrize("content", [b"one\n", None], ids=["a file", "the listing"])
+def test_a_damaged_folder_is_removed_with_what_the_cache_has_damaged_of_it(toy, content):
+    pipeline = YAML(typ="safe").load(toy / "dvc.yaml")
+    pipeline["stages"]["reader"] = {"cmd": "true", "deps": [str(FOLDER)]}
+    YAML().dump(pipeline, toy / "dvc.yaml")
+    other = object_of(toy, b"two\n")
+    cached = listing_in(toy) if content is None else object_of(toy, content)
+    cached.chmod(0o644)
+    cached.write_text("damage")
+    assert outputs.remove_damaged("reader") == [FOLDER]
+    assert (cached.exists(), FOLDER.exists(), other.exists()) == (False, False, True)
+
+
+def test_a_folder_is_put_into_the_cache_as_dvc_would(toy, monkeypatch):
+    outputs.restore("toy")
+    cache = toy / ".dvc/cache/files/md5"
+    by_dvc = {path.relative_to(cache): path.read_bytes() for path in cache.glob("??/*")}
+    kept = {object_of(toy, b"kept\n").relative_to(cache): b"kept\n"}  # which DVC leaves to git
+    shutil.rmtree(toy / ".dvc/cache")
+    monkeypatch.setattr(outputs, "WORKSPACE", toy)
+    monkeypatch.setenv("DVC_STAGE", "toy")
+    outputs.put_into_cache("toy")
+    assert {path.relative_to(cache): path.read_bytes() for path in cache.glob("??/*")} == by_dvc | kept
+    assert {path.stat().st_mode & 0o777 for path in cache.glob("??/*")} == {0o444}
 
 
 def test_restore_takes_no_damaged_object_from_the_cache(toy):
@@ -114,10 +182,10 @@ def test_restore_works_without_git_and_without_dvc(toy, without):
 
 
 def test_restore_takes_no_output_where_one_cannot_be_written(toy, monkeypatch):
-    def full_disk(path, content):
-        raise OSError(28, "No space left on device") if path == CACHED else path.write_bytes(content)
+    def full_disk(source, target):
+        raise OSError(28, "No space left on device") if target.name == CACHED.name else shutil.copy(source, target)
 
-    monkeypatch.setattr(outputs, "write_bytes", full_disk)
+    monkeypatch.setattr(outputs.shutil, "copyfile", full_disk)
     outputs.restore("toy")
     assert left() == {}
 
@@ -147,7 +215,8 @@ def outputs_of(clone: Path, *stages: str) -> dict[str, bytes | None]:
     """The content of every output of some stages, None where it is missing."""
     lock = YAML(typ="safe").load(clone / "dvc.lock")["stages"]
     paths = [clone / out["path"] for stage in stages or lock for out in lock[stage]["outs"]]
-    return {path.relative_to(clone).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return {file.relative_to(clone).as_posix(): file.read_bytes() if file.is_file() else None for file in files}
 
 
 def fail_between_two_writes(clone: Path) -> None:

@@ -30,9 +30,11 @@ OFFLINE = {"MNIST_MIRROR": "", "http_proxy": NOBODY, "https_proxy": NOBODY}
 
 
 def outputs(clone: Path) -> dict[str, Path]:
-    """Every output of every stage."""
+    """Every output of every stage; of a folder, the files in it."""
     stages = YAML(typ="safe").load(clone / "dvc.lock")["stages"]
-    return {out["path"]: clone / out["path"] for stage in stages.values() for out in stage["outs"]}
+    paths = [clone / out["path"] for stage in stages.values() for out in stage["outs"]]
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return {file.relative_to(clone).as_posix(): file for file in files}
 
 
 def contents(clone: Path) -> dict[str, bytes]:
@@ -326,3 +328,28 @@ def test_another_training_is_another_run(one_validated, finished_pipeline):
     first, second = stored_runs(one_validated)
     assert first.info.run_id == main_run(finished_pipeline).info.run_id
     assert second.info.run_id == main_run(one_validated).info.run_id
+
+
+def test_the_pipeline_runs_on_somebodys_own_images_without_labels(pipeline, tmp_path):
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for name, count in (("x_train", 300), ("x_test", 120)):
+        np.save(folder / f"{name}.npy", np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8))
+    set_params(pipeline, {"data.dataset": str(folder)})
+    said = run(pipeline, "dvc", "repro").stdout
+
+    assert "faces: 300 training and 120 test images, without labels" in said
+    assert "The images have no labels: knn_accuracy and linear_probe_accuracy are left out" in said
+    card = (pipeline / "metrics/report.md").read_text()
+    assert "# mnist-vae on faces" in card
+    assert "The images have no labels" in card
+    assert "by digit" not in card
+    metrics = json.loads((pipeline / "metrics/evaluate.json").read_text())
+    assert metrics["dataset"] == "faces/"
+    assert not {"knn_accuracy", "linear_probe_accuracy"} & metrics.keys()
+    assert (pipeline / "plots/latents.csv").read_text().startswith("z0,z1\n")
+
+    assert stages_run(run(pipeline, "dvc", "repro").stdout) == []
+    np.save(folder / "x_test.npy", np.zeros((120, 28, 28), np.uint8))
+    run(pipeline, "dvc", "repro", "--force", "--single-item", "download")
+    assert set(json.loads(run(pipeline, "dvc", "status", "--json").stdout)) == {"train", "evaluate"}

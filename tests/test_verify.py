@@ -62,6 +62,22 @@ def test_compare_says_by_how_much_a_file_differs(judged):
     assert judged("metrics/report.md", b"a b", b"a") == "differs: 3 → 1 bytes"
 
 
+def test_compare_takes_a_folder_as_dvc_does(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.npy").write_bytes(b"images")
+    artifact = Artifact("download", "data", f"{md5(b'listing')}.dir")
+    (tmp_path / "dvc.lock").write_bytes(lock_of([artifact]))
+    assert compare([artifact], tmp_path, lambda _: None) == [["download", "data", "equal"]]
+
+    (tmp_path / "dvc.lock").write_bytes(lock_of([artifact._replace(md5=f"{md5(b'other listing')}.dir")]))
+    [[*_, result]] = compare([artifact], tmp_path, lambda _: None)
+    assert result == "differs: other files are in the folder"
+
+    shutil.rmtree(tmp_path / "data")
+    [[*_, result]] = compare([artifact], tmp_path, lambda _: None)
+    assert result.startswith("missing: was not made")
+
+
 def test_compare_says_where_the_old_content_is_unknown(judged):
     assert judged("models/vae.safetensors", b"old", b"new", known=False) == (
         "differs: the old file is neither in git nor in the cache"

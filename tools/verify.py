@@ -84,7 +84,7 @@ def verify(folder: Path) -> int:
 
     say(f"running the pipeline of {git('rev-parse', '--short', 'HEAD').strip()} anew in {folder}")
     for artifact in artifacts:  # so that what is there afterwards was made there
-        (folder / artifact.path).unlink(missing_ok=True)
+        remove(folder / artifact.path)
     repro(folder, "download")
     check_dataset(json.loads((folder / "data/dataset.json").read_text())["name"], dataset)
     repro(folder)
@@ -94,6 +94,14 @@ def verify(folder: Path) -> int:
     print(table(["stage", "artifact", "result"], rows))
     print("\n" + summary(results, recorded, this_environment()))
     return int(set(results) != {"equal"})
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_lock(lock: bytes) -> list[Artifact]:
@@ -134,16 +142,24 @@ def check_dataset(name: str, committed: str) -> None:
 def compare(artifacts: list[Artifact], folder: Path, committed: Callable[[Artifact], bytes | None]) -> list[list[str]]:
     """Stage, path and result of each artifact: ``equal``, ``missing: …`` or ``differs: …``, with by how much."""
     known = {artifact.path for artifact in artifacts}
-    new = [artifact for artifact in read_lock((folder / "dvc.lock").read_bytes()) if artifact.path not in known]
-    results = [judge(artifact, folder / artifact.path, committed) for artifact in artifacts]
+    made = {artifact.path: artifact for artifact in read_lock((folder / "dvc.lock").read_bytes())}
+    new = [artifact for path, artifact in made.items() if path not in known]
+    results = [judge(one, folder / one.path, committed, made.get(one.path)) for one in artifacts]
     results += ["differs: is not in the committed dvc.lock"] * len(new)
     return [[one.stage, one.path, result] for one, result in zip(artifacts + new, results, strict=True)]
 
 
-def judge(artifact: Artifact, file: Path, committed: Callable[[Artifact], bytes | None]) -> str:
-    """The result of one artifact, of which ``file`` is the new version and ``committed`` finds the old one."""
-    if not file.is_file():
+def judge(
+    artifact: Artifact, file: Path, committed: Callable[[Artifact], bytes | None], made: Artifact | None = None
+) -> str:
+    """The result of one artifact, of which ``file`` is the new version and ``committed`` finds the old one.
+
+    A folder is judged by the hash that DVC has given it, which ``made`` has.
+    """
+    if not file.exists():
         return "missing: was not made; is dvc.lock older than dvc.yaml?"
+    if file.is_dir():
+        return "equal" if made == artifact else "differs: other files are in the folder"
     new = file.read_bytes()
     if md5(new) == artifact.md5:
         return "equal"

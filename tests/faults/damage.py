@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.lab import Lab, State
-from tests.faults.oracle import outputs
+from tests.faults.oracle import md5
 
 
 def cut(path: str, keep: float = 0.5, state: State = "finished") -> Callable[[Lab], None]:
@@ -59,9 +59,9 @@ def damage_object(lab: Lab, path: str, content: bytes, linked: bool) -> None:
 
 
 def object_of(lab: Lab, path: str) -> Path:
-    """Where DVC's cache has an output."""
-    md5 = outputs(lab.clone)[path]
-    return lab.clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    """Where DVC's cache has an output, or a file of one, that is whole in the workspace."""
+    name = md5(lab.clone / path)
+    return lab.clone / ".dvc/cache/files/md5" / name[:2] / name[2:]
 
 
 def removed(*paths: str) -> Callable[[Lab], None]:

@@ -47,7 +47,7 @@ def _nth(lab: Lab, calls: str, action: str, most: int) -> None:
         another_training(lab)
         said = traced(lab, calls, f"{action}:when={number}")
         lab.wait_for_quiet()
-        found = {path: md5(lab.clone / path) if (lab.clone / path).is_file() else "" for path in before}
+        found = {path: md5(lab.clone / path) if (lab.clone / path).exists() else "" for path in before}
         if "KILL" in action:
             if said.status != 0:
                 lab.stage("train").succeeded()

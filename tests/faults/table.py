@@ -538,9 +538,9 @@ FAULTS = [
     ),
     Fault(
         "data set cut short",
-        "half of dataset.npz is gone",
+        "half of x_train.npy is gone",
         "DVC brings it back from its cache",
-        damage.cut("data/dataset.npz"),
+        damage.cut("data/dataset/x_train.npy"),
     ),
     Fault(
         "description cut short",
@@ -582,13 +582,13 @@ FAULTS = [
         "damaged data in DVC's cache, linked",
         "an object of the cache, which the workspace shares, is emptied",
         "it is removed with a warning, and made again",
-        damage.cached("data/dataset.npz", b"", True),
+        damage.cached("data/dataset/x_train.npy", b"", True),
     ),
     Fault(
         "damaged data in DVC's cache, copied",
         "an object of the cache is emptied, the workspace's copy is whole",
         "it is removed with a warning, and made again",
-        damage.cached("data/dataset.npz", b"", False),
+        damage.cached("data/dataset/x_train.npy", b"", False),
     ),
     Fault(
         "damaged model in DVC's cache",

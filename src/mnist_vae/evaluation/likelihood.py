@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mnist_vae.model.latent import Pixels
 from mnist_vae.model.vae import VAE, log_prior, negative_log_likelihood
 
 GRID_IMAGES = 10_000  # images that share one decoding of the grid
@@ -45,7 +46,7 @@ class Quadrature(NamedTuple):
 
 
 @torch.no_grad()
-def quadrature_nll(vae: VAE, x: Tensor, step: float = 0.04) -> Quadrature:
+def quadrature_nll(vae: VAE, x: Pixels, step: float = 0.04) -> Quadrature:
     """−log p(x) of images (B, D) with pixels in [0, 1], by the rectangle rule over a uniform grid of z.
 
     −log Σ_z p(x|z) p(z) step^Z. The grid covers REACH standard deviations of the prior and of every posterior. It is
@@ -107,7 +108,7 @@ def _cells(reach: float, step: float, latent_dim: int, like: Tensor) -> tuple[Te
 
 
 @torch.no_grad()
-def importance_nll(vae: VAE, x: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
+def importance_nll(vae: VAE, x: Pixels, samples: int, generator: torch.Generator | None = None) -> Tensor:
     """−log p(x) of images (B, D) with pixels in [0, 1], estimated from ``samples`` draws of z each, nats, (B,).
 
     −log 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x): equation (8) of Burda et al., "Importance Weighted

@@ -63,16 +63,21 @@ MEANINGS: dict[str, Meaning] = {
     },
 }
 
+BY_DIGIT = ", by digit"
+
 PICTURES = {
     "grid.png": "The latent space, decoded at quantiles of the prior",
     "samples.png": "Draws from the prior, decoded",
     "reconstructions.png": "Test images over their reconstructions, best to worst",
     "latents.png": "Test images in the latent space",
-    "nll.png": "Negative log-likelihood of the test images, by digit",
+    "nll.png": f"Negative log-likelihood of the test images{BY_DIGIT}",
     "traversal.png": "Each active dimension on its own",
     "losses.png": "Losses of each epoch",
 }
 
+NO_LABELS = (
+    "The images have no labels: knn_accuracy and linear_probe_accuracy are left out, and no picture tells digits apart"
+)
 COLLAPSED = "the posterior has collapsed: no latent dimension tells images apart; lower train.kl_weight or train longer"
 
 CAVEATS: dict[Binarize, str] = {
@@ -93,6 +98,7 @@ def model_card(
 
     Picture links are relative to a folder beside ``plots/``.
     """
+    labelled = "knn_accuracy" in metrics
     return "\n".join([
         f"# mnist-vae on {title}",
         "",
@@ -106,6 +112,7 @@ def model_card(
         "",
         *numbers_table(metrics),
         "",
+        *([] if labelled else [f"{NO_LABELS}.", ""]),
         *([f"**Warning:** {COLLAPSED}.", ""] if metrics.get("active_units") == 0 else []),
         f"Sample quality is measured in the space “{FEATURE_SPACE}”, with k = {NEIGHBOURS} and equal numbers of images "
         "on both sides. It compares models of this project with each other and with the reference. It is comparable "
@@ -115,7 +122,10 @@ def model_card(
         "",
         "## Pictures",
         "",
-        *(f"![{caption}](../plots/{picture})\n" for picture, caption in PICTURES.items()),
+        *(
+            f"![{caption if labelled else caption.removesuffix(BY_DIGIT)}](../plots/{picture})\n"
+            for picture, caption in PICTURES.items()
+        ),
         "The latent space to play with: [plots/explorer.html](../plots/explorer.html).",
         "",
         "## Parameters",

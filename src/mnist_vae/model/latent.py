@@ -3,8 +3,9 @@
 Letters in shapes: N images, H × W pixels, Z latent dimensions.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,9 +30,19 @@ class Manifold(NamedTuple):
     dimensions: tuple[int, int]  # which z goes across, which down
 
 
+class Sliced(Protocol):
+    """uint8 images (N, 28, 28) that are read, or made, where a slice asks for them."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, key: slice, /) -> Bytes:
+        """The images of a slice."""
+
+
 def to_tensor(images: Bytes) -> Tensor:
     """uint8 images (N, 28, 28) to rows of pixels in [0, 1], (N, 784) float32."""
-    return to_unit(torch.from_numpy(images).flatten(1))
+    return to_unit(torch.from_numpy(np.array(images)).flatten(1))  # a copy, as a mapped file is read-only
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -39,11 +50,43 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
+class Pixels(Protocol):
+    """Rows of pixels in [0, 1] that can be had in blocks: a tensor (N, D) float32, or PixelBlocks."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def split(self, split_size: int, /) -> Iterable[Tensor]:
+        """All rows, (≤ split_size, D) at a time."""
+
+
+class PixelBlocks:
+    """uint8 images (N, 28, 28) as Pixels: a block is made when it is asked for."""
+
+    def __init__(self, images: Sliced) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def split(self, split_size: int, /) -> Iterator[Tensor]:
+        """All rows, (≤ split_size, 784) float32 at a time."""
+        for first in range(0, len(self), split_size):
+            yield to_tensor(self.images[first : first + split_size])
+
+
 @torch.inference_mode()
-def encode(vae: VAE, images: Bytes) -> Posterior:
-    """The posteriors of uint8 images (N, 28, 28), block by block: mean and log-variance (N, Z)."""
-    blocks = [vae.encode(to_tensor(block)) for block in np.array_split(images, -(-len(images) // BLOCK))]
-    return Posterior(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+def encode(vae: VAE, images: Sliced) -> Posterior:
+    """The posteriors of uint8 images (N, 28, 28), in blocks of nearly equal size: mean and log-variance (N, Z)."""
+    count = -(-len(images) // BLOCK)
+    size, larger = divmod(len(images), count)  # the first ``larger`` blocks have one image more
+    bounds = [block * size + min(block, larger) for block in range(count + 1)]
+    weights = next(vae.parameters())
+    posterior = Posterior(*(weights.new_empty(len(images), vae.config.latent_dim) for _ in Posterior._fields))
+    for first, last in pairwise(bounds):
+        for whole, part in zip(posterior, vae.encode(to_tensor(images[first:last])), strict=True):
+            whole[first:last] = part  # at once: thousands of small tensors would leave the memory in pieces
+    return posterior
 
 
 @torch.inference_mode()

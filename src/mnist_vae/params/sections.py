@@ -12,6 +12,8 @@ from pydantic_core import PydanticCustomError
 MOST = 1_000_000  # of anything: more is a slip of the finger, and would overflow somewhere in the libraries
 MOST_IMAGES_ALONG_A_SIDE = 650  # of the picture of samples, 100 pixels each: matplotlib refuses 2**16 pixels
 
+NAMES = ("mnist", "digits")  # of data sets that this project finds by itself
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
@@ -28,6 +30,12 @@ def _increasing(pair: list[float]) -> list[float]:
     return pair
 
 
+def _name_or_folder(value: str) -> str:
+    if value not in NAMES and "/" not in value:
+        raise PydanticCustomError("no_dataset", "mnist, digits or the path of a folder, with a / in it")
+    return value
+
+
 class Section(BaseModel):
     """One section of params.yaml. Types are strict: "3" is no number and 3.0 is no count."""
 
@@ -37,7 +45,7 @@ class Section(BaseModel):
 class Data(Section):
     """Which images."""
 
-    dataset: Literal["mnist", "digits"]
+    dataset: Annotated[str, AfterValidator(_name_or_folder)]
     fallback: Literal["digits", None]
     binarize: Literal["none", "dynamic", "static"]
     binarize_seed: Seed
@@ -57,6 +65,7 @@ class Train(Section):
     seed: Seed
     epochs: Count
     batch_size: Count
+    shuffle_window: Count
     kl_weight: NonNegative
     kl_warmup: Annotated[float, Field(ge=0, le=1)]
     importance_samples: Count

@@ -22,13 +22,14 @@ from mnist_vae.model.vae import VAE
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 SLIDERS = 8  # more than a person can steer, and the ninth most active dimension hardly shows
+UNLABELLED = 255  # in place of a digit
 CONTOURS = 3  # the plane always has room for the prior's 3σ circle
 
 
 def explorer_html(
     vae: VAE,
     codes: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | None,
     *,
     dataset: str,
     kld_per_dimension: ArrayLike | None = None,
@@ -36,15 +37,16 @@ def explorer_html(
 ) -> str:
     """A page in which a person moves through the latent space of ``vae``; equal arguments give equal bytes.
 
-    ``codes`` (N, Z) are the posterior means of the images that appear as dots, ``labels`` (N,) their digits, and
-    ``dataset`` the real name of the data set. ``kld_per_dimension`` (Z,), in nats per image, says which dimensions
+    ``codes`` (N, Z) are the posterior means of the images that appear as dots, ``labels`` (N,) their digits, if any,
+    and ``dataset`` the real name of the data set. ``kld_per_dimension`` (Z,), in nats per image, says which dimensions
     are active: the two largest span the plane, the next eight get sliders, and the others rest at the prior's mean.
     Without it the variance of the codes decides (the measure of active units in Burda et al., "Importance weighted
     autoencoders", ICLR 2016, https://arxiv.org/abs/1509.00519).
 
     Raises ValueError when shapes disagree, or when weights or codes are not finite.
     """
-    codes, labels = np.asarray(codes, dtype=np.float32), np.asarray(labels)
+    codes = np.asarray(codes, dtype=np.float32)
+    labels = np.full(len(codes), UNLABELLED) if labels is None else np.asarray(labels)
     activity = codes.var(axis=0) if kld_per_dimension is None else np.asarray(kld_per_dimension, dtype=np.float64)
     latent_dim = vae.config.latent_dim
     if labels.ndim != 1 or codes.shape != (len(labels), latent_dim) or activity.shape != (latent_dim,):

@@ -63,20 +63,21 @@ def reconstructions_figure(x: np.ndarray, reconstructions: np.ndarray, nats: np.
 
 
 def latents_figure(
-    posterior: Posterior, labels: np.ndarray, dimensions: tuple[int, int], ellipses: np.ndarray, dataset: str
+    posterior: Posterior, labels: np.ndarray | None, dimensions: tuple[int, int], ellipses: np.ndarray, dataset: str
 ) -> Figure:
-    """The latent space: posterior means (N, Z) along two dimensions, coloured by digit (N,).
+    """The latent space: posterior means (N, Z) along two dimensions, coloured by digit (N,) where there are labels.
 
     ``ellipses`` are the indices of images whose posterior is drawn in full, as its one-sigma ellipse. A latent
-    space of one dimension gets a row for each digit instead of a second axis.
+    space of one dimension gets a row for each digit instead of a second axis; one row where there are no labels.
     """
     means, stds = posterior.mean.numpy(), np.exp(0.5 * posterior.log_var.numpy())  # (N, Z)
     across, down = dimensions
     figure = Figure(figsize=(8.5, 7), layout="constrained")
     axes = figure.subplots()
     flat = means.shape[1] == 1
-    rows = labels if flat else means[:, down]
-    points = axes.scatter(means[:, across], rows, c=labels, cmap=DIGIT_COLOURS, vmin=0, vmax=9, s=3)
+    digits = np.zeros(len(means), np.uint8) if labels is None else labels
+    rows = digits if flat else means[:, down]
+    points = axes.scatter(means[:, across], rows, c=digits, cmap=DIGIT_COLOURS, vmin=0, vmax=9, s=3)
     for image in ellipses:
         width, height = 2 * stds[image, across], 0.5 if flat else 2 * stds[image, down]
         centre = (means[image, across], rows[image])
@@ -86,22 +87,26 @@ def latents_figure(
     axes.invert_yaxis()  # z[1] runs down, as in the grid
     axes.set_aspect("auto" if flat else "equal")
     axes.grid(alpha=0.3)
-    axes.legend(*points.legend_elements(num=range(10)), title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
+    if labels is not None:
+        axes.legend(*points.legend_elements(num=range(10)), title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(f"Test images in the latent space, some with their posterior's one-sigma ellipse\n{dataset}")
     return figure
 
 
-def nll_figure(nll: np.ndarray, labels: np.ndarray, dataset: str) -> Figure:
-    """How the negative log-likelihood of test images (N,), in nats, is spread, digit by digit (N,)."""
+def nll_figure(nll: np.ndarray, labels: np.ndarray | None, dataset: str) -> Figure:
+    """How the negative log-likelihood of test images (N,), in nats, is spread, by digit (N,) if labelled."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     bins = np.linspace(nll.min(), nll.max(), 40)
-    for digit, axes in enumerate(figure.subplots(2, 5, sharex=True, sharey=True).flat):
-        of_digit = nll[labels == digit]
-        axes.hist(of_digit, bins=bins, color=f"C{digit}")
-        if len(of_digit):
-            axes.axvline(of_digit.mean(), color="black", lw=1)
-            axes.set_title(f"{digit}: mean {of_digit.mean():.1f}", fontsize=10)
-    figure.suptitle(f"Negative log-likelihood of the test images, by digit · {dataset}")
+    groups = {"": nll} if labels is None else {f"{digit}: ": nll[labels == digit] for digit in range(10)}
+    grid = (1, 1) if labels is None else (2, 5)
+    panels = figure.subplots(*grid, sharex=True, sharey=True, squeeze=False).flat
+    for colour, (axes, (group, of_group)) in enumerate(zip(panels, groups.items(), strict=True)):
+        axes.hist(of_group, bins=bins, color=f"C{colour}")
+        if len(of_group):
+            axes.axvline(of_group.mean(), color="black", lw=1)
+            axes.set_title(f"{group}mean {of_group.mean():.1f}", fontsize=10)
+    by_digit = "" if labels is None else ", by digit"
+    figure.suptitle(f"Negative log-likelihood of the test images{by_digit} · {dataset}")
     figure.supxlabel("−log p(x), nats")
     figure.supylabel("images")
     return figure

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from mnist_vae.data.dataset import Images
+from mnist_vae.data.dataset import ImageSource
 from mnist_vae.errors import UserError
 from mnist_vae.model.vae import VAE, VAEConfig
 from mnist_vae.params import Train
@@ -58,7 +58,7 @@ class Fit(NamedTuple):
 
 
 def fit(
-    images: Images,
+    images: ImageSource,
     config: VAEConfig,
     settings: Train,
     *,
@@ -92,6 +92,7 @@ def fit(
         validation_size=settings.validation_size,
         seed=settings.seed,
         redraw_seed=redraw_seed,
+        shuffle_window=settings.shuffle_window,
         share=share,
     )
     validation = settings.validation_size > 0
