@@ -363,7 +363,7 @@ class Bench:
             "Many runs at once",
             f"{plural(effort.short_runs, 'run')} in each of some workspaces, told to their journals as fast as these "
             f"take them, {plural(epochs, 'epoch')} of 4 metrics and one file each, sent by one sender per workspace; "
-            f"the server ({plural(len(self.cores), 'process')}) and PostgreSQL share the machine with them. Afterwards "
+            f"the server ({plural(len(self.cores), 'worker')}) and PostgreSQL share the machine with them. Afterwards "
             "each run is compared with what was told: none is lost, doubled or mixed up. A run is "
             f"{epochs + 4} records.",
             ["store", "workspaces", "journal, records/s each", "store, records/s", "metrics/s", "runs/s"],

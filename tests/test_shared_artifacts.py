@@ -127,3 +127,12 @@ def test_what_somebody_else_has_run_is_fetched_and_not_run_again(colleague, orig
     assert_whole(colleague)
     assert (colleague / "plots/grid.png").read_bytes() == (origin[0].parent / "of 5.png").read_bytes()
     assert not (colleague / "mlflow.db").exists()
+
+
+def test_sharing_without_a_remote_is_one_line_and_a_failure(finished_pipeline):
+    done = run(finished_pipeline, sys.executable, "-m", "tools.share", env={"PYTHONPATH": "src"}, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("share: ")
+    assert "no remote" in done.stderr
+    assert "Traceback" not in done.stderr

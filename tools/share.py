@@ -27,7 +27,8 @@ def share(remote: str | None) -> int:
             objects = repo.stage_cache.get_used_objs(runs, remote=remote)
             results = [repo.cloud.push(found, remote=remote) for found in objects.values()]
     except DvcException as error:
-        raise UserError(f"share: {error}; see docs/sharing.md") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"share: {said}; see docs/sharing.md") from error
     if failed := sum(len(result.failed) for result in results):
         raise UserError(f"share: {failed} files did not arrive; run it again")
     return sum(len(result.transferred) for result in results)
