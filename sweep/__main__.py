@@ -101,12 +101,14 @@ def sweep(arguments: argparse.Namespace) -> int:
         common = common._replace(folder=str(folder))
     try:
         with FileLock(folder / "driver.lock", timeout=0):
-            plan: driver.Plan = driver.Grid(list(space.grid(asked_for)))
+            plan: driver.Plan
             if arguments.suggest:
                 from sweep.suggest import Suggestions
 
                 storage = arguments.storage or f"sqlite:///{folder / 'optuna.db'}"
                 plan = Suggestions(asked_for, arguments.suggest, goal, storage, repository.commit)
+            else:
+                plan = driver.Grid(list(space.grid(asked_for)))
             jobs = arguments.jobs or max(1, (os.cpu_count() or 1) // params.train.threads)
             with driver.connect(address, jobs) as client:
                 report = driver.drive(client, plan, repository, common, goal)

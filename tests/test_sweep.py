@@ -156,6 +156,7 @@ def source(tmp_path: Path) -> Path:
     (folder / ".dvc").mkdir()
     (folder / ".dvc" / "config").write_text("[core]\n")
     (folder / "params.yaml").write_text("a: 1\n")
+    (folder / ".gitignore").write_text("/checkpoints/\n")
     git("add", "--all", folder=folder)
     git("commit", "--quiet", "--message", "One", folder=folder)
     return folder
@@ -196,12 +197,15 @@ def test_a_slot_is_made_whole_whatever_a_killed_worker_left(source, tmp_path):
     slot.prepare(place, sweep)
     (place / "params.yaml").write_text("a: 2\n")
     (place / "left").write_text("behind")
+    (place / "checkpoints").mkdir()
+    (place / "checkpoints" / "last.ckpt").write_text("to go on from")
     (place / ".git" / "index.lock").touch()
     (place / ".dvc" / "tmp").mkdir()
     (place / ".dvc" / "tmp" / "rwlock").write_text("{")
     slot.prepare(place, sweep)
     assert (place / "params.yaml").read_text() == "a: 1\n"
     assert not (place / "left").exists()
+    assert (place / "checkpoints" / "last.ckpt").exists()
     assert not (place / ".dvc" / "tmp").exists()
     assert "dir = /the/cache" in (place / ".dvc" / "config.local").read_text()
 

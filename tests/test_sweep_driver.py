@@ -1,11 +1,16 @@
 """The driver of a sweep on a real Dask cluster inside this process, with experiments that only pretend to run."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 from mnist_vae.errors import UserError
+from sweep import __main__ as main
 from sweep.slot import Outcome, Sweep
 from sweep.space import Range, name_of
 
@@ -16,6 +21,7 @@ suggest = pytest.importorskip("sweep.suggest", reason="needs the extra: sweep", 
 Goal, Grid, connect, drive = driver.Goal, driver.Grid, driver.connect, driver.drive
 Suggestions, TrialState = suggest.Suggestions, optuna.trial.TrialState
 NLL = Goal("nll", maximize=False)
+PARAMS = Path(__file__).parent.parent / "params.yaml"
 SWEEP = Sweep("c" * 40, "nowhere")
 POINTS = [{"model.latent_dim": value} for value in (2, 3, 5, 8)]
 SPACE = {"model.latent_dim": Range(2, 20), "train.learning_rate": Range(1e-4, 1e-2), "model.hidden_dims": [[8], [4, 4]]}
@@ -117,6 +123,60 @@ def test_no_scheduler_at_the_address_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr("sweep.driver.PATIENCE_S", 0.5)
     with pytest.raises(UserError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
         connect("tcp://127.0.0.1:9", jobs=1)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch) -> Callable[..., tuple[int, "driver.Plan"]]:
+    """The whole command on a folder with a params.yaml, without git and Dask: its exit status and its plan."""
+    shutil.copy(PARAMS, tmp_path)
+    seen: dict[str, object] = {}
+
+    def remember(client, plan, repository, sweep, goal):
+        seen["plan"] = plan
+        return driver.Report({"a": {"nll": 1.5}}, {}, seen.get("failures", []))
+
+    repository = SimpleNamespace(remote=".", commit=SWEEP.commit, sweep=lambda: SWEEP)
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    monkeypatch.setattr("sweep.repository.Repository", lambda root, remote: repository)
+    monkeypatch.setattr(driver, "connect", lambda address, jobs: nullcontext())
+    monkeypatch.setattr(driver, "drive", remember)
+
+    def call(*argv: str, failures: tuple[Outcome, ...] = ()):
+        seen["failures"] = list(failures)
+        return main.sweep(main.parse(argv)), seen["plan"]
+
+    return call
+
+
+def test_the_command_runs_a_grid(command, capsys):
+    status, plan = command("-S", "train.seed=1,2", "-S", "model.latent_dim=2,3")
+    assert (status, plan.total) == (0, 4)
+    printed = capsys.readouterr().out
+    assert "| a          | 1.5 |" in printed
+    assert "dvc exp apply a" in printed
+
+
+def test_the_command_lets_optuna_choose(command):
+    status, plan = command("--suggest", "3", "-S", "train.learning_rate=1e-4..1e-2", "-S", "model.latent_dim=2,3")
+    assert (status, plan.total) == (0, 3)
+    assert {point["model.latent_dim"] for point in plan.points()} <= {2, 3}
+
+
+def test_the_command_reports_failures_and_says_so_by_its_status(command, capsys):
+    status, _ = command("-S", "train.seed=1", failures=(Outcome("b", "train: the reason", "host:file"),))
+    assert status == 1
+    assert "b failed: train: the reason (log: host:file)" in capsys.readouterr().err
+
+
+def test_a_metric_that_no_experiment_has_is_told_with_those_that_there_are(command, capsys):
+    command("-S", "train.seed=1", "--metric", "nil")
+    assert "no experiment has the metric nil; known are nll" in capsys.readouterr().err
+
+
+def test_one_sweep_at_a_time_runs_in_a_folder(command, tmp_path):
+    command("-S", "train.seed=1")
+    with FileLock(tmp_path / ".dvc/tmp/sweep/driver.lock"), pytest.raises(UserError, match="another sweep"):
+        command("-S", "train.seed=1")
 
 
 def suggestions(storage: Path, total: int) -> Suggestions:
