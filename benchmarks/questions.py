@@ -49,6 +49,7 @@ class Effort:
     draws: tuple[int, ...] = (50, 100, 200, 400)  # its samples per image
     workspaces: int = 8  # that send short runs at once
     short_runs: int = 25  # of each
+    tasks: int = 10_000  # for Dask
 
 
 LARGE_MEMORY = 1_500_000_000  # bytes for a training on images from a file
@@ -70,6 +71,7 @@ QUICK = Effort(
     draws=(50, 100),
     workspaces=2,
     short_runs=3,
+    tasks=1_000,
 )
 
 
@@ -394,6 +396,19 @@ class Bench:
             [Limit("time per image from a file / in memory", speed["in memory"] / speed["from a file"], 1.25)],
         )
 
+    def scheduling(self) -> Section:
+        tasks = self.effort.tasks
+        runs = alternate({"Dask": lambda: self.worker("scheduling", tasks=tasks)}, self.effort.rounds)["Dask"]
+        rate = Sample.of(tasks / run["seconds"] for run in runs)
+        grown = Sample.of(run["grown"] / 1e6 for run in runs)
+        return Section(
+            "Scheduling",
+            "Empty tasks at once on a local Dask cluster of two workers: what a sweep of as many experiments asks of "
+            "the scheduler, whose memory is that of the driver's process.",
+            ["tasks", "tasks/s", "memory, MB"],
+            [[f"{tasks:,}", rate.text(0), grown.text(0)]],
+        )
+
     def growth(self) -> Section:
         effort = self.effort
         middle = effort.draws[1]
@@ -486,6 +501,7 @@ QUESTIONS = {
     "processes": Bench.processes,
     "server": Bench.server,
     "tracking": Bench.tracking,
+    "scheduling": Bench.scheduling,
     "growth": Bench.growth,
     "large": Bench.large,
     "gpu": Bench.gpu,

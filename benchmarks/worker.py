@@ -221,6 +221,21 @@ def evaluate(estimator: str, images: int, draws: int) -> dict[str, Any]:
     return {"seconds": [time.perf_counter() - started], "data_bytes": x.nbytes}
 
 
+def scheduling(tasks: int) -> dict[str, Any]:
+    """Seconds for so many empty tasks on Dask, and the bytes by which this process, the scheduler, grew."""
+    import psutil
+    from distributed import Client, LocalCluster, wait
+
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    with cluster, Client(cluster) as client:
+        client.gather(client.map(abs, range(100)))  # warm-up
+        before = psutil.Process().memory_info().rss
+        started = time.perf_counter()
+        futures = client.map(abs, range(-tasks, 0))
+        wait(futures)
+        return {"seconds": time.perf_counter() - started, "grown": psutil.Process().memory_info().rss - before}
+
+
 def gpu() -> dict[str, Any]:
     """Name of the GPU, None without one, and the floating-point operations per second of a large matrix product."""
     import torch
@@ -242,7 +257,8 @@ def gpu() -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    task.__name__: task for task in (prepare, bare, notebook, whole_notebook, pipeline, synthetic, large, evaluate, gpu)
+    task.__name__: task
+    for task in (prepare, bare, notebook, whole_notebook, pipeline, synthetic, large, evaluate, scheduling, gpu)
 }
 
 

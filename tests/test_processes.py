@@ -40,7 +40,7 @@ def test_processes_share_each_mini_batch_of_an_epoch_and_see_no_image_twice(coun
 
     def epoch(share):
         torch.manual_seed(1)
-        return list(Chunks(numbers, batch_size * CHUNK, shuffle=True, share=share))
+        return list(Chunks(numbers, batch_size * CHUNK, lambda: [torch.randperm(len(numbers))], share))
 
     whole, parts = epoch(Share()), [epoch(Share(rank, count)) for rank in range(count)]
 

@@ -53,7 +53,7 @@ def author(tmp_path: Path) -> Path:
     run(author, "dvc", "remote", "add", "--default", "storage", tmp_path / "storage")
     run(author, "dvc", "repro", "download")
     commit(author, "A sweep's first commit")
-    run(author, "dvc", "push", "--run-cache", "data/dataset.npz", "data/dataset.json")
+    run(author, "dvc", "push", "--run-cache", "data/dataset", "data/dataset.json")
     git("init", "--quiet", "--bare", str(tmp_path / "origin"))
     git("remote", "add", "origin", str(tmp_path / "origin"), folder=author)
     git("push", "--quiet", "origin", "main", folder=author)

@@ -78,6 +78,7 @@ class Lab:
         self.clone = folder / "mnist-vae"
         self.database: Path | None = None  # of the store, where it is not in the clone
         self.lost_frames: tuple[int, ...] = ()  # epochs of which MLflow has no picture
+        self.tellers = 1  # clones that tell one store of the same training at the same time
         self.other_trainings = 0  # that a fault leaves a run of, beside the one of the undisturbed run
         stack.callback(self.kill_all)
 

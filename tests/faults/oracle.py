@@ -30,7 +30,7 @@ def assert_whole(lab: Lab) -> None:
     with closing(sqlite3.connect(lab.store())) as store:
         assert store.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         run_id = assert_one_run(lab, store)
-        assert_steps_once(store, run_id)
+        assert_steps_once(store, run_id, lab.tellers)
         assert_champions_agree(store, run_id)
         assert_artifacts_equal(lab, store, run_id)
 
@@ -41,7 +41,7 @@ def assert_trained(lab: Lab) -> None:
     lab.sync().succeeded()
     assert_outputs_equal(lab, "train")
     with closing(sqlite3.connect(lab.store())) as store:
-        assert_steps_once(store, assert_one_run(lab, store))
+        assert_steps_once(store, assert_one_run(lab, store), lab.tellers)
 
 
 def outputs(clone: Path, *names: str) -> dict[str, str]:
@@ -103,11 +103,13 @@ def assert_one_run(lab: Lab, store: sqlite3.Connection) -> str:
     return run_id
 
 
-def assert_steps_once(store: sqlite3.Connection, run_id: str) -> None:
-    """The run has each loss of each epoch once."""
+def assert_steps_once(store: sqlite3.Connection, run_id: str, tellers: int) -> None:
+    """The run has each loss of each epoch once, or, of several who tell it at the same time, from each at most once."""
     for name in ("train/loss", "train/bce", "train/kld"):
-        steps = store.execute("SELECT step FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step", [run_id, name])
-        assert [step for (step,) in steps] == list(range(1, EPOCHS + 1)), name
+        found = "SELECT step, count(*), count(DISTINCT value) FROM metrics WHERE run_uuid = ? AND key = ? GROUP BY step"
+        steps = store.execute(f"{found} ORDER BY step", [run_id, name]).fetchall()
+        assert [step for step, _, _ in steps] == list(range(1, EPOCHS + 1)), name
+        assert all(points <= tellers and values == 1 for _, points, values in steps), (name, steps)
 
 
 def assert_champions_agree(store: sqlite3.Connection, run_id: str) -> None:

@@ -899,7 +899,7 @@ FAULTS = [
     Fault(
         "two clones, one store",
         "two clones tell one store of the same training",
-        "one run, nothing twice",
+        "one run; an epoch that both tell at the same moment is in it twice, with equal values",
         together.two_clones_one_server,
     ),
     Fault(

@@ -70,6 +70,7 @@ def two_clones_one_server(lab: Lab) -> None:
     server.start()
     other = lab.folder / "other"
     subprocess.run(["cp", "--archive", lab.clone, other], check=True)
+    lab.tellers = 2
     first = lab.start("dvc", "repro", "train")
     here, lab.clone = lab.clone, other
     second = lab.start("dvc", "repro", "train")

@@ -31,7 +31,11 @@ def _increasing(pair: list[float]) -> list[float]:
 
 
 def _name_or_folder(value: str) -> str:
-    if value not in NAMES and "/" not in value:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("string_unicode", "valid Unicode text") from error
+    if value not in NAMES and ("/" not in value or "\0" in value):
         raise PydanticCustomError("no_dataset", "mnist, digits or the path of a folder, with a / in it")
     return value
 
