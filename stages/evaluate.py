@@ -35,7 +35,8 @@ def main(session: Session) -> None:
     _, held_out = hold_out(dataset.x_train, params.train.validation_size, params.train.seed)
     model = load_model(MODEL)
     recorded = params.flat("evaluate")
-    session.begin(model.fingerprint, stage_key("evaluate", recorded), f"evaluate: {dataset.title}", recorded)
+    key = stage_key("evaluate", params.flat("data", "model", "train", "evaluate"))  # all that the card shows
+    session.begin(model.fingerprint, key, f"evaluate: {dataset.title}", recorded)
 
     evaluation = evaluate(model.vae, dataset, params.evaluate, params.train.kl_weight, held_out)
 
