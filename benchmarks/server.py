@@ -3,41 +3,39 @@
 import contextlib
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools.clone import environment
-
-TIME_LIMIT_S = 120  # for the server to answer, and for a training to come to its first run
+from tools.deployment import answers, free_port, wait_for
 
 
 class Server:
     """``mlflow server`` over a database and a folder of artifacts in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.folder, self.port, self.log = folder, free_port(), folder / "log"
         self.uri = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
+        """Start it, and wait until it answers."""
         where = ("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1")
         kept = ("--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *where, *kept],
-            cwd=self.folder,
-            env=environment(self.folder),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *where, *kept],
+                cwd=self.folder,
+                env=environment(self.folder),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_for(lambda: answers(f"{self.uri}/health"), self.process, self.log)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the server and its workers."""
@@ -47,11 +45,8 @@ class Server:
         self.signal(signal.SIGKILL)
         self.process.wait()
 
-    def wait_until_it_answers(self) -> None:
-        self._wait(lambda: socket.socket().connect_ex(("127.0.0.1", self.port)) == 0)
-
     def wait_for_a_run(self) -> None:
-        self._wait(lambda: self.select("select count(*) from runs") != [(0,)])
+        wait_for(lambda: self.select("select count(*) from runs") != [(0,)], self.process, self.log)
 
     def steps(self, metric: str) -> list[int]:
         """The steps at which the runs have a metric, in order."""
@@ -62,13 +57,6 @@ class Server:
         with contextlib.closing(sqlite3.connect(self.folder / "server.db")) as connection:
             return connection.execute(query, values).fetchall()
 
-    def _wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + TIME_LIMIT_S
-        while not condition():
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise TimeoutError(f"the MLflow server has ended, or was not used within {TIME_LIMIT_S} s")
-            time.sleep(0.1)
-
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path) -> Iterator[Server]:
@@ -76,7 +64,6 @@ def mlflow_server(folder: Path) -> Iterator[Server]:
     folder.mkdir()
     server = Server(folder)
     try:
-        server.wait_until_it_answers()
         yield server
     finally:
         server.kill()
@@ -89,7 +76,6 @@ def fail_three_times(server: Server, pause: float) -> None:
         server.kill()
         time.sleep(pause)
         server.start()
-        server.wait_until_it_answers()
     time.sleep(pause)
     server.signal(signal.SIGSTOP)
     time.sleep(pause)

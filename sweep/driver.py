@@ -68,7 +68,6 @@ class Report(NamedTuple):
     """What a sweep left: the metrics of each experiment, and the failures."""
 
     metrics: dict[str, dict[str, Any]]
-    points: dict[str, Point]
     failures: list[Outcome]
 
 
@@ -95,7 +94,7 @@ def drive(
 ) -> Report:
     """Run what is missing, each as soon as there is room for it; one that fails stops no other."""
     cloudpickle.register_pickle_by_value(slot)
-    report = Report({}, {}, [])
+    report = Report({}, [])
     values: dict[str, float | None] = {}
     running: dict[Future[Any], str] = {}
     waiting: dict[str, list[Point]] = {}  # for the experiment of this name; Optuna may choose a point twice
@@ -110,7 +109,6 @@ def drive(
             name = outcome.name
             if not outcome.error:
                 report.metrics[name] = repository.metrics(name)
-                report.points[name] = point
                 values[name] = goal.value(report.metrics[name])
             else:
                 report.failures.append(outcome)

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from tools.clone import clone, environment, git
 
-__all__ = ["TINY", "clone_working_tree", "commit", "environment", "run", "set_params", "stages_run"]
+__all__ = ["TINY", "clone_working_tree", "commit", "environment", "introduce", "run", "set_params", "stages_run"]
 
 
 # The whole pipeline in under a minute: the embedded digits, a small model, few draws.
@@ -86,3 +86,9 @@ def run(
 def stages_run(output: str) -> list[str]:
     """The stages that ``dvc repro`` or ``dvc exp run`` says it ran, in order; skipped and cached ones are not here."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+def introduce(clone: Path, who: dict[str, str]) -> None:
+    """Say who one is at the DVC remote `storage`, in the settings that git does not keep."""
+    for name, value in who.items():
+        run(clone, "dvc", "remote", "modify", "--local", "storage", name, value)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from tests.pipeline import environment, run
 from tests.runs import main_run
+from tools.deployment import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -77,9 +77,7 @@ def test_plots_diff_puts_two_versions_side_by_side(pipeline, browser):
 @pytest.fixture(scope="module")
 def mlflow_page(finished_pipeline: Path) -> Iterator[str]:
     """The address of ``mlflow ui``, started in the finished pipeline as a user would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         ["mlflow", "ui", "--port", str(port), "--workers", "1"],
         cwd=finished_pipeline,

@@ -168,6 +168,17 @@ def test_another_parameter_of_a_later_stage_makes_a_child_run_and_back_comes_fro
     assert len(stored_runs(pipeline)) == 2
 
 
+def test_a_parameter_that_only_the_card_shows_makes_a_child_run(pipeline):
+    parent = main_run(pipeline)
+    logged = artifacts(parent)
+    set_params(pipeline, {"data.fallback": None})
+    assert "train" not in stages_run(run(pipeline, "dvc", "repro").stdout)
+
+    [child] = children(pipeline, parent)
+    assert b"data.fallback | `None`" in artifacts(child)["metrics/report.md"]
+    assert artifacts(parent) == logged
+
+
 # what goes wrong
 
 

@@ -44,6 +44,7 @@ from tests.tracking import (
     tell_training,
     whole_content,
 )
+from tools.deployment import free_port
 
 PATIENCE_S = 120  # for what takes seconds on an idle machine
 
@@ -697,11 +698,32 @@ def test_a_store_that_takes_nothing_fails_no_stage_and_is_sent_everything_later(
     assert_complete(workspace, stages=("train",))
 
 
+def test_what_a_power_cut_may_take_does_not_count_as_sent(workspace, monkeypatch):
+    journal, store = Journal(workspace, FINGERPRINT), Store(workspace)
+    session = session_of(workspace)
+    epoch(session, 1)
+    session._sender.kill()
+    session._sender.communicate()
+
+    def fails(location):
+        raise OSError("the disk fails")
+
+    monkeypatch.setattr(store, "flush_artifacts", fails)
+    delivery = Delivery(store, journal)
+    with pytest.raises(OSError, match="the disk fails"):
+        delivery.send()
+    assert delivery.pending()
+
+    monkeypatch.undo()
+    Delivery(store, journal).send()
+    assert not Delivery(store, journal).pending()
+
+
 def test_a_database_that_is_locked_for_a_while_is_waited_for(workspace):
     connection = lock(workspace)
     session = session_of(workspace)
     epoch(session, 1)
-    timer = threading.Timer(5, connection.close)
+    timer = threading.Timer(8, connection.close)  # longer than two attempts take
     timer.start()
     for number in (2, 3):
         epoch(session, number)
@@ -957,9 +979,7 @@ def server(template, tmp_path_factory):
         database.execute(
             "update experiments set artifact_location = 'mlflow-artifacts:/1' where name = ?", [EXPERIMENT]
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
     command += [
         "--backend-store-uri",

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from mnist_vae.tracking.registry import REGISTERED, register_models
 from mnist_vae.tracking.serving import Decoder, Encoder
 from mnist_vae.tracking.store import DATABASE, Store
 from tests.tracking import run, start, whole_content
+from tools.deployment import free_port
 
 LATENT_DIM = 3
 Z = np.array([[0.5, -1.0, 0.25], [2.0, 0.0, -3.0]], np.float32)
@@ -493,12 +493,6 @@ def serve(command, folder, environment, log):
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(url, log, seconds):

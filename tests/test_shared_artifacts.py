@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.outputs import hash_of
-from tests.pipeline import commit, run, set_params, stages_run
+from tests.pipeline import commit, introduce, run, set_params, stages_run
 from tools.deployment import free_port, wait_for
 from tools.verify import read_lock
 
@@ -77,12 +77,6 @@ def origin(request, finished_pipeline: Path, tmp_path_factory: pytest.TempPathFa
     run(author, "dvc", "checkout")
     run(author, sys.executable, "-m", "tools.share", env={"PYTHONPATH": "src"})
     return git_remote, who
-
-
-def introduce(clone: Path, who: dict[str, str]) -> None:
-    """Say who one is, in the settings that git does not keep."""
-    for name, value in who.items():
-        run(clone, "dvc", "remote", "modify", "--local", "storage", name, value)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 
 from mnist_vae.model.model_file import load_model
 from stages.outputs import hash_of
-from tests.pipeline import commit, run, set_params, stages_run
+from tests.pipeline import commit, introduce, run, set_params, stages_run
 from tests.runs import artifacts, stored_runs
 from tools.verify import read_lock
 
@@ -97,12 +97,6 @@ def shared(request, finished_pipeline: Path, tmp_path_factory: pytest.TempPathFa
     introduce(colleague, who)
     run(colleague, "dvc", "pull")
     return author, colleague
-
-
-def introduce(clone: Path, who: dict[str, str]) -> None:
-    """Say who one is, in the settings that git does not keep."""
-    for name, value in who.items():
-        run(clone, "dvc", "remote", "modify", "--local", "storage", name, value)
 
 
 @pytest.fixture

@@ -161,6 +161,26 @@ def test_a_claim_is_the_first_ones(store, run_id):
     assert stored(store, run_id).data.tags["render_grid.key"] == "a"
 
 
+def test_flush_artifacts_has_every_file_and_folder_on_the_disk(store, workspace, run_id, tmp_path, monkeypatch):
+    file = tmp_path / "grid.png"
+    file.write_bytes(b"picture")
+    store.client.log_artifact(run_id, str(file), "plots")
+    flushed = []
+    monkeypatch.setattr(module, "flush_to_disk", flushed.append)
+
+    store.flush_artifacts(f"{store.artifacts}/{run_id}")
+
+    folder = workspace / "mlruns" / EXPERIMENT / run_id
+    wanted = [folder / "artifacts/plots/grid.png", folder / "artifacts/plots", folder / "artifacts", folder]
+    assert {*wanted, folder.parent, workspace / "mlruns", workspace} <= set(flushed)
+
+
+def test_flush_artifacts_leaves_a_servers_artifacts_to_it(store, monkeypatch):
+    monkeypatch.setattr(module, "flush_to_disk", pytest.fail)
+
+    store.flush_artifacts("mlflow-artifacts:/1/2")
+
+
 def test_images_lie_in_one_folder_with_their_step_once_however_often_they_are_told(store, workspace, run_id, tmp_path):
     for step in (1, 2, 12):
         png = tmp_path / f"digest-{step}" / "samples.png"

@@ -12,11 +12,12 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from stages.outputs import hash_of, md5
 from tests.pipeline import clone_working_tree, commit, environment, run
 from tools.clone import ROOT, clone, git
 from tools.difference import difference
 from tools.table import table
-from tools.verify import Artifact, CannotVerifyError, check_dataset, compare, md5, read_lock, summary
+from tools.verify import Artifact, CannotVerifyError, check_dataset, compare, read_lock, summary
 
 HERE = {"cpu": "AVX512", "torch": "2"}
 
@@ -65,11 +66,11 @@ def test_compare_says_by_how_much_a_file_differs(judged):
 def test_compare_takes_a_folder_as_dvc_does(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/x.npy").write_bytes(b"images")
-    artifact = Artifact("download", "data", f"{md5(b'listing')}.dir")
+    artifact = Artifact("download", "data", hash_of(tmp_path / "data"))
     (tmp_path / "dvc.lock").write_bytes(lock_of([artifact]))
     assert compare([artifact], tmp_path, lambda _: None) == [["download", "data", "equal"]]
 
-    (tmp_path / "dvc.lock").write_bytes(lock_of([artifact._replace(md5=f"{md5(b'other listing')}.dir")]))
+    (tmp_path / "data/x.npy").write_bytes(b"other images")
     [[*_, result]] = compare([artifact], tmp_path, lambda _: None)
     assert result == "differs: other files are in the folder"
 
@@ -232,7 +233,8 @@ def test_check_dataset_refuses_another_data_set():
 
 
 def test_verify_outside_of_git_is_one_line(tmp_path):
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    for name in ("stages", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     done = run_verify(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("verify: git rev-parse: fatal: not a git repository")

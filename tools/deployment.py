@@ -127,7 +127,7 @@ def tracking_server(folder: Path, database: dict[str, str], workers: int = 2) ->
         )
     uri = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: _answers(f"{uri}/health"), process, folder / "log")
+        wait_for(lambda: answers(f"{uri}/health"), process, folder / "log")
         yield TrackingServer(uri, database, folder, password)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -159,7 +159,8 @@ def _is_ready(server: dict[str, str]) -> bool:
     return subprocess.run(command, env=server, check=False).returncode == 0
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server says at an address that all is well."""
     with contextlib.suppress(OSError):
         return bool(urllib.request.urlopen(url, timeout=5).status == 200)
     return False

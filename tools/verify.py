@@ -9,7 +9,6 @@ It runs with this interpreter and gets MNIST from where the pipeline gets it.
 """
 
 import argparse
-import hashlib
 import json
 import platform
 import shutil
@@ -27,6 +26,7 @@ from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.utils.serialize import parse_yaml
 from voluptuous import Invalid
 
+from stages.outputs import hash_of, md5, remove
 from tools.clone import ROOT, GitError, clone, environment, git
 from tools.difference import difference
 from tools.machine import processor
@@ -96,14 +96,6 @@ def verify(folder: Path) -> int:
     return int(set(results) != {"equal"})
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def read_lock(lock: bytes) -> list[Artifact]:
     """Every output of every stage of a dvc.lock."""
     try:
@@ -142,34 +134,24 @@ def check_dataset(name: str, committed: str) -> None:
 def compare(artifacts: list[Artifact], folder: Path, committed: Callable[[Artifact], bytes | None]) -> list[list[str]]:
     """Stage, path and result of each artifact: ``equal``, ``missing: …`` or ``differs: …``, with by how much."""
     known = {artifact.path for artifact in artifacts}
-    made = {artifact.path: artifact for artifact in read_lock((folder / "dvc.lock").read_bytes())}
-    new = [artifact for path, artifact in made.items() if path not in known]
-    results = [judge(one, folder / one.path, committed, made.get(one.path)) for one in artifacts]
+    new = [one for one in read_lock((folder / "dvc.lock").read_bytes()) if one.path not in known]
+    results = [judge(artifact, folder / artifact.path, committed) for artifact in artifacts]
     results += ["differs: is not in the committed dvc.lock"] * len(new)
     return [[one.stage, one.path, result] for one, result in zip(artifacts + new, results, strict=True)]
 
 
-def judge(
-    artifact: Artifact, file: Path, committed: Callable[[Artifact], bytes | None], made: Artifact | None = None
-) -> str:
-    """The result of one artifact, of which ``file`` is the new version and ``committed`` finds the old one.
-
-    A folder is judged by the hash that DVC has given it, which ``made`` has.
-    """
-    if not file.exists():
+def judge(artifact: Artifact, made: Path, committed: Callable[[Artifact], bytes | None]) -> str:
+    """The result of one artifact, of which ``made`` is the new version and ``committed`` finds the old one."""
+    if not made.exists():
         return "missing: was not made; is dvc.lock older than dvc.yaml?"
-    if file.is_dir():
-        return "equal" if made == artifact else "differs: other files are in the folder"
-    new = file.read_bytes()
-    if md5(new) == artifact.md5:
+    if hash_of(made) == artifact.md5:
         return "equal"
+    if made.is_dir():
+        return "differs: other files are in the folder"
     old = committed(artifact)
-    return f"differs: {difference(file.suffix, old, new) if old else 'the old file is neither in git nor in the cache'}"
-
-
-def md5(content: bytes) -> str:
-    """The hash that dvc.lock has of a file."""
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if old is None:
+        return "differs: the old file is neither in git nor in the cache"
+    return f"differs: {difference(made.suffix, old, made.read_bytes())}"
 
 
 def this_environment() -> dict[str, str]:

@@ -5,7 +5,8 @@ import sys
 import time
 
 from tests.faults.lab import Lab
-from tests.faults.tracking import Server, free_port
+from tests.faults.tracking import Server
+from tools.deployment import free_port
 
 
 def two_repros(lab: Lab) -> None:

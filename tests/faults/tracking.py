@@ -16,6 +16,7 @@ import requests
 from tests.faults.lab import EPOCHS, Command, Lab, needs
 from tests.pipeline import environment
 from tests.servers import Answer, serve
+from tools.deployment import free_port
 
 SLOW = {"at": "mnist_vae.training.module:VAETraining.on_train_epoch_start", "call": 0, "do": "sleep 3"}
 NOT_SENT = "MLflow has not received everything"
@@ -337,12 +338,6 @@ def is_healthy(port: int) -> bool:
         return session.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200
     except requests.RequestException:
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def server_away(lab: Lab) -> None:

@@ -30,7 +30,6 @@ Order = Callable[[], Iterable[Tensor]]  # an epoch's order: positions (n,) int64
 class Chunks:
     """Images (N, D) in chunks: one epoch per iteration.
 
-
     A chunk holds mini-batches in the order of training, whole ones or, of each, the share of one process. That order is
     the same in every process whose generators are in the same state.
     """
@@ -137,10 +136,7 @@ class ImagesDataModule(L.LightningDataModule):
         return Chunks(self._placed(self.validation_images), VALIDATION_BATCH)
 
     def _order(self) -> Iterable[Tensor]:
-        """Of this epoch: up to the window one permutation from the device's own generator, beyond it window by window.
-
-        Raises RuntimeError outside of a training.
-        """
+        """Of this epoch: up to the window a permutation from the device's own generator, beyond it window by window."""
         assert self.trainer is not None
         count = len(self.train_images)
         if self._is_beyond_window:
