@@ -71,3 +71,10 @@ def test_main_refuses_a_row_that_is_not_there(monkeypatch):
 @pytest.mark.parametrize(("value", "text"), [([256, 128], "[256,128]"), (None, "null"), (0.003, "0.003"), ("a", "a")])
 def test_in_yaml_writes_a_value_as_dvc_reads_it(value, text):
     assert in_yaml(value) == text
+
+
+def test_document_gives_no_seconds_of_a_training_that_came_from_dvcs_cache():
+    row = document({"one": Row(**ROW)}, {"one": FOUND.model_copy(update={"seconds": None})}).splitlines()[9]
+
+    assert row.split("|")[-3].strip() == ""
+    assert "| 61 " in document({"one": Row(**ROW)}, {"one": FOUND})

@@ -31,8 +31,8 @@ INTRODUCTION = """# Published numbers, and ours
 
 Made by `make papers`; do not edit. Each row is one file in [`papers/`](../papers), which has its parameters, and one
 DVC experiment, `papers-` and the file's name; `make papers ROWS=svae-d2` runs one. Values are nats per image on all
-10,000 test images, ± the standard error over images. Both sides look at the same images, so a difference is known
-better than that. The seconds are those of the stage train."""
+10,000 test images, ± the standard error: of a likelihood over images, of a loss over draws of z. Both sides look at the
+same images, so that two likelihoods differ by less chance than that. The seconds are those of the stage train."""
 
 
 class Row(BaseModel):
@@ -62,7 +62,7 @@ class Result(BaseModel):
     value: float
     error: float  # its standard error, over images
     epochs: int
-    seconds: float  # of training
+    seconds: float | None  # of training; None where DVC's cache had the model already
     processor: str
     commit: str
 
@@ -140,8 +140,8 @@ def result(name: str, row: Row) -> Result:
     )
 
 
-def training_seconds(name: str) -> float:
-    """How long the stage train was at work for the newest training of this name, interruptions left out."""
+def training_seconds(name: str) -> float | None:
+    """How long the stage train was at work for the newest training of this name, or None; interruptions are left out."""
     latest, seconds = 0, 0.0
     for journal in journals(ROOT):
         begun: dict[str, int] = {}  # by process
@@ -153,7 +153,7 @@ def training_seconds(name: str) -> float:
                 worked += record.at - begun.pop(record.process)
         if last > latest:
             latest, seconds = last, worked / 1_000
-    return seconds
+    return seconds or None
 
 
 def document(rows: dict[str, Row], results: dict[str, Result]) -> str:
@@ -166,7 +166,7 @@ def document(rows: dict[str, Row], results: dict[str, Result]) -> str:
             sign = -1 if row.quantity == "log-likelihood" else 1
             better = sign * row.published - found.value
             cells += [f"{sign * found.value:.2f} ± {found.error:.2f}", f"{better:+.2f}", theirs, str(found.epochs)]
-            cells += [f"{found.seconds:,.0f}", f"{found.processor}, {found.commit}"]
+            cells += [f"{found.seconds:,.0f}" if found.seconds else "", f"{found.processor}, {found.commit}"]
         else:
             cells += ["not run yet", "", theirs, str(row.params.get("train.epochs", "")), "", ""]
         lines.append(cells)
