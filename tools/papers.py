@@ -141,7 +141,7 @@ def result(name: str, row: Row) -> Result:
 
 
 def training_seconds(name: str) -> float | None:
-    """How long the stage train was at work for the newest training of this name, or None; interruptions are left out."""
+    """How long the stage train was at work for the newest training of this name, if ever; interruptions left out."""
     latest, seconds = 0, 0.0
     for journal in journals(ROOT):
         begun: dict[str, int] = {}  # by process
