@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+from sweep.slot import git, reference
+
 GRACE_S = 10  # for DVC to end; a stage sees by itself that its DVC is gone
 ATTEMPTS, PAUSE_S = 3, 2  # for what depends on a network
 
@@ -26,7 +28,16 @@ def main() -> None:
     call(program=[sys.executable, "-m", "mnist_vae.tracking.sender", "."], attempts=ATTEMPTS)
     if push:
         call("push", attempts=ATTEMPTS)
-    call("exp", "push", "--no-cache", "origin", name, attempts=ATTEMPTS)
+    push_reference(name)
+
+
+def push_reference(name: str) -> None:
+    """What `dvc exp push --no-cache` does, by git: where the remote is a folder, DVC writes into it itself, and if it
+    is killed there, the lock that it leaves refuses this experiment for good. git has a process of the remote's write,
+    which ends in order whatever happens to this side.
+    """
+    path = reference(git("rev-parse", "HEAD").strip(), name)
+    call(program=["git", "push", "--quiet", "origin", f"{path}:{path}"], attempts=ATTEMPTS)
 
 
 def call(*arguments: str, program: list[str] | None = None, attempts: int = 1) -> None:

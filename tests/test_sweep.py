@@ -2,10 +2,13 @@
 
 import fcntl
 import importlib.util
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mnist_vae.errors import UserError
@@ -262,6 +265,34 @@ def test_an_experiment_ends_with_the_worker_that_started_it(source, tmp_path):
     process.wait()
     with (tmp_path / "slot-0.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for as long as an experiment lives
+
+
+def test_a_push_that_is_killed_leaves_no_lock_to_the_next(source, tmp_path):
+    """Killed while the remote holds the reference's lock, as a hook of the remote tells."""
+    sweep = sweep_of(source, tmp_path)
+    slot.prepare(tmp_path / "slot-0", sweep)
+    experiment(tmp_path / "slot-0", sweep, "a=1")
+    held, lock = tmp_path / "held", source / ".git" / f"{reference(sweep.commit, 'a=1')}.lock"
+    hook = source / ".git" / "hooks" / "reference-transaction"
+    hook.write_text(
+        f"#!/bin/sh\n[ $1 != prepared ] || {{ touch '{held}'; while [ -e '{held}' ]; do sleep 0.05; done; }}"
+    )
+    hook.chmod(0o755)
+    push = [sys.executable, "-c", "from sweep.experiment import push_reference; push_reference('a=1')"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    pushing = psutil.Popen(push, cwd=tmp_path / "slot-0", env=environment)
+    while not held.exists():
+        assert pushing.poll() is None
+    assert lock.exists()
+    for process in (pushing, *pushing.children()):  # not the remote's, which a signal to these does not reach
+        process.kill()
+    pushing.wait()
+    held.unlink()
+    hook.unlink()
+    while lock.exists():
+        time.sleep(0.05)
+    subprocess.run(push, cwd=tmp_path / "slot-0", env=environment, check=True)
+    assert slot.is_there(sweep, "a=1")
 
 
 @pytest.mark.parametrize(
