@@ -42,7 +42,7 @@ test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 ta
 test-shared: $(READY) ## test what is shared, with PostgreSQL, a tracking server and S3 on this machine
 	@python -m pytest --numprocesses 2 --dist loadfile -m shared
 
-test-sweep: $(READY) ## sweep over three workers, one killed, and the driver too (SWEEP_EXPERIMENTS=24)
+test-sweep: $(READY) ## sweep over three workers and a server, one worker killed, and the driver too (SWEEP_EXPERIMENTS=24)
 	@SWEEP_EXPERIMENTS=$(or $(SWEEP_EXPERIMENTS),24) python -m pytest tests/test_sweep_cluster.py --timeout 3600
 
 test-distributed: $(READY) ## train in several processes, also on two hosts (network namespaces, as root)

@@ -1,7 +1,7 @@
 """A sweep over three Dask workers in three folders, as on three machines: git, DVC and MLflow are all they share.
 
-SWEEP_EXPERIMENTS=24 runs that many experiments of the whole pipeline, instead of a few of its first three stages.
-SWEEP_STORE=https://… has them recorded by a server, as the user that MLFLOW_TRACKING_USERNAME and _PASSWORD name.
+SWEEP_EXPERIMENTS=24 runs that many experiments of the whole pipeline, recorded by deploy/ on PostgreSQL, instead of a
+few of its first three stages, recorded in SQLite.
 """
 
 import importlib.util
@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from mnist_vae.tracking.store import EXPERIMENT
 from tests.pipeline import TINY, clone_working_tree, commit, environment, run, set_params
 from tools.clone import git
+from tools.deployment import postgres_program, postgresql, tracking_server
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,10 +31,6 @@ pytestmark = [
 
 ASKED_FOR = int(os.environ.get("SWEEP_EXPERIMENTS", "0"))
 EXPERIMENTS = ASKED_FOR or 6
-STORE = os.environ.get("SWEEP_STORE")
-USER = {
-    name: os.environ[name] for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD") if name in os.environ
-}
 WORKERS = 3
 LIMIT_S = 120 + 60 * EXPERIMENTS  # for all, on a busy machine
 EPOCHS = 2
@@ -70,13 +67,21 @@ def keep_stages(folder: Path, *names: str) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> str:
-    """An MLflow store that all see, with a place for artifacts that all can write."""
-    if STORE:
-        return STORE
-    uri = f"sqlite:///{tmp_path / 'store.db'}"
-    MlflowClient(uri).create_experiment(EXPERIMENT, (tmp_path / "artifacts").as_uri())
-    return uri
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The variables that lead to an MLflow store which all see, with a place for artifacts that all can write."""
+    if not ASKED_FOR:
+        uri = f"sqlite:///{tmp_path / 'store.db'}"
+        MlflowClient(uri).create_experiment(EXPERIMENT, (tmp_path / "artifacts").as_uri())
+        yield {"MLFLOW_TRACKING_URI": uri}
+        return
+    if not postgres_program("initdb"):
+        pytest.skip("PostgreSQL is not installed")
+    (tmp_path / "server").mkdir()
+    with postgresql() as database, tracking_server(tmp_path / "server", database) as server:
+        variables = server.add_user("sweeper")
+        for name, value in variables.items():  # for this process's own client
+            monkeypatch.setenv(name, value)
+        yield variables
 
 
 @contextmanager
@@ -87,7 +92,7 @@ def started(folder: Path, *arguments: str, **settings: str) -> Iterator[subproce
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             cwd=folder,
-            env=environment(folder, **USER, **settings),
+            env=environment(folder, **settings),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -104,9 +109,9 @@ def scheduler(folder: Path):
     return started(folder, "distributed.cli.dask_scheduler", *options)
 
 
-def worker(folder: Path):
+def worker(folder: Path, store: dict[str, str]):
     options = ["--host", "127.0.0.1", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
-    return started(folder, "distributed.cli.dask_worker", *options, "--scheduler-file", "../scheduler.json")
+    return started(folder, "distributed.cli.dask_worker", *options, "--scheduler-file", "../scheduler.json", **store)
 
 
 def wait_until(is_so: Callable[[], bool], what: str) -> None:
@@ -121,18 +126,17 @@ def experiments(origin: Path) -> list[str]:
 
 
 def test_a_sweep_survives_the_death_of_a_worker_and_of_its_driver(author, store, tmp_path):
-    began = time.time()
     folders = [tmp_path / f"machine-{number}" for number in range(WORKERS)]
     with scheduler(tmp_path / "scheduler"):
         address = tmp_path / "scheduler.json"
         wait_until(lambda: address.is_file() and address.read_text().endswith("}"), "the scheduler has an address")
         settings = {
             "DASK_SCHEDULER_ADDRESS": json.loads(address.read_text())["address"],
-            "MLFLOW_TRACKING_URI": store,
             "PYTHONPATH": "src",
+            **store,
         }
         sweep = ["sweep", "-S", f"train.seed={seeds()}"]
-        with worker(folders[0]) as doomed, worker(folders[1]), worker(folders[2]):
+        with worker(folders[0], store) as doomed, worker(folders[1], store), worker(folders[2], store):
             with started(author, *sweep, **settings) as driver:
 
                 def done(number: int) -> bool:
@@ -143,10 +147,10 @@ def test_a_sweep_survives_the_death_of_a_worker_and_of_its_driver(author, store,
                 doomed.kill()
                 wait_until(lambda: done(2), "another one is done")
                 driver.kill()
-            with worker(folders[0]):
-                again = run(author, sys.executable, "-m", *sweep, env=USER | settings, timeout=LIMIT_S)
+            with worker(folders[0], store):
+                again = run(author, sys.executable, "-m", *sweep, env=settings, timeout=LIMIT_S)
                 shown = run(author, "dvc", "exp", "list", "--name-only").stdout.split()
-                third = run(author, sys.executable, "-m", *sweep, env=USER | settings, timeout=LIMIT_S)
+                third = run(author, sys.executable, "-m", *sweep, env=settings, timeout=LIMIT_S)
 
     expected = sorted(f"train.seed={seed}" for seed in seeds().split(","))
     assert sorted(experiments(tmp_path / "origin")) == expected == sorted(shown)
@@ -154,15 +158,13 @@ def test_a_sweep_survives_the_death_of_a_worker_and_of_its_driver(author, store,
     for name in expected:
         assert f"| {name}" in again.stdout
     assert third.stdout == again.stdout
-    assert_complete_runs(store, expected, began)
+    assert_complete_runs(MlflowClient(store["MLFLOW_TRACKING_URI"]), expected)
     assert_models_are_in_the_remote(author, tmp_path / "storage", expected)
 
 
-def assert_complete_runs(store: str, names: list[str], began: float) -> None:
-    """One finished run for each experiment, with every loss once; a server may have others, from before."""
-    client = MlflowClient(store)
-    since = f"attributes.start_time >= {began * 1000:.0f}"
-    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id], since)
+def assert_complete_runs(client: MlflowClient, names: list[str]) -> None:
+    """One finished run for each experiment, with every loss once."""
+    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert sorted(one.data.tags["dvc_experiment"] for one in found) == names
     assert len({one.data.tags["fingerprint"] for one in found}) == len(names)
     for one in found:
