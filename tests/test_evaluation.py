@@ -197,10 +197,11 @@ def test_measure_nll_uses_quadrature_up_to_two_dimensions(images, latent_dim):
     }
 
 
-def test_measure_nll_samples_beyond_two_dimensions_in_two_halves(images):
-    vae, x = untrained(latent_dim=3), to_tensor(images)
+@pytest.mark.parametrize(("latent_dim", "step"), [(3, 0.5), (2, None)])
+def test_measure_nll_samples_in_two_halves_where_there_is_no_grid(images, latent_dim, step):
+    vae, x = untrained(latent_dim), to_tensor(images)
 
-    nll, metrics = measure_nll(vae, x, SETTINGS)
+    nll, metrics = measure_nll(vae, x, SETTINGS.model_copy(update={"quadrature_step": step}))
 
     generator = torch.Generator().manual_seed(SETTINGS.seed)
     first, second = (importance_nll(vae, x, 2, generator).double() for _ in range(2))

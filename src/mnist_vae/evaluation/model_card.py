@@ -41,7 +41,7 @@ MEANINGS: dict[str, Meaning] = {
     "kld_z*": Meaning(_NATS, "the part of kld in one latent dimension", _KINGMA),
     "nll": Meaning(_NATS, "−log p(x), by the method that nll_method names", _BURDA),
     "nll_se": Meaning(_NATS, "standard error of nll over test images"),
-    "nll_method": Meaning("", "quadrature over z up to two dimensions, else importance sampling with K draws"),
+    "nll_method": Meaning("", "quadrature over z, or importance sampling with K draws"),
     "val_nll": Meaning(_NATS, "−log p(x) of the held-out training images, by which the champion is chosen", _BURDA),
     "val_nll_se": Meaning(_NATS, "standard error of val_nll over those images"),
     "nll_halving_change": Meaning(_NATS, "quadrature: what halving its step, to evaluate.quadrature_step, changed"),

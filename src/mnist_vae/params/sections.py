@@ -94,7 +94,7 @@ class Evaluate(Section):
 
     seed: Seed
     draws: Annotated[int, Field(ge=2, le=MOST)]
-    quadrature_step: Annotated[float, Field(ge=0.005, le=0.5)]
+    quadrature_step: Annotated[float, Field(ge=0.005, le=0.5)] | None
     importance_samples: Count
     neighbours: Count
     quality_images: Annotated[int, Field(ge=10, le=MOST)]
