@@ -79,7 +79,10 @@ def connect(address: str | None, jobs: int) -> Client:
     """
     if not address:
         here = "127.0.0.1:0"  # for Dask's page about itself, which cannot be left out
-        return Client(LocalCluster(1, jobs, processes=False, dashboard_address=here, memory_limit=0))
+        cluster = LocalCluster(
+            n_workers=1, threads_per_worker=jobs, processes=False, dashboard_address=here, memory_limit=0
+        )
+        return Client(cluster)
     try:
         return Client(address, timeout=PATIENCE_S)
     except (OSError, ValueError, TypeError) as error:

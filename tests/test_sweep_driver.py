@@ -119,6 +119,12 @@ def test_the_best_is_the_highest_or_the_lowest_of_what_has_a_value():
     assert NLL.best({"b": None}) is None
 
 
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_as_many_experiments_run_at_once_as_were_asked_for(jobs):
+    with connect(None, jobs) as client:
+        assert driver.slots(client) == jobs
+
+
 def test_no_scheduler_at_the_address_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr("sweep.driver.PATIENCE_S", 0.5)
     with pytest.raises(UserError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
