@@ -1,7 +1,7 @@
 """The mean gradient of the processes of one host, through memory that they share.
 
-gloo would send the gradients of all weights through sockets after each mini-batch, with the time of the cores that
-train. Here sockets only carry the word that everybody has written.
+gloo would send the gradients of all weights through sockets after each mini-batch. Here sockets only carry the word
+that everybody has written.
 """
 
 import os
