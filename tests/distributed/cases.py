@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from mnist_vae.compat import cure_torchvision
 
 cure_torchvision()
 
-import numpy as np  # noqa: E402  after the cure
+import lightning as L  # noqa: E402  after the cure
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from mnist_vae.training import data_module  # noqa: E402
 from mnist_vae.training.fit import fit  # noqa: E402
 from mnist_vae.training.processes import processes  # noqa: E402
+from mnist_vae.training.shared_memory import SharedMemoryStrategy  # noqa: E402
 from tests.training import CONFIG, Recorder, settings, weights  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {  # for 100 images
@@ -39,19 +43,66 @@ CASES: dict[str, dict[str, Any]] = {  # for 100 images
 }
 
 
+class Seen(L.Callback):
+    """Keeps the name of the strategy that Lightning trains with."""
+
+    strategy = ""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.strategy = type(trainer.strategy).__name__
+
+
+MEANS = 10  # mini-batches
+
+
+def means(rank: int) -> list[float]:
+    """What a process gets for its gradients rank², rank² + 1, …, where the later ones read more slowly."""
+    module = L.LightningModule()
+    module.weight = nn.Parameter(torch.zeros(3))
+    strategy = SharedMemoryStrategy()
+    strategy.connect(module)
+    strategy.configure_ddp()
+    barrier, got = torch.distributed.barrier, []
+
+    def slow_barrier() -> None:
+        barrier()
+        time.sleep(0.02 * rank)
+
+    torch.distributed.barrier = slow_barrier
+    try:
+        for step in range(MEANS):
+            module.weight.grad = torch.full((3,), float(rank**2 + step))
+            strategy.post_backward(torch.zeros(()))
+            got.append(float(module.weight.grad.unique()))
+    finally:
+        torch.distributed.barrier = barrier
+    return got
+
+
 def main(count: int, images: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     data_module.CHUNK = 2  # several chunks in an epoch
     command = [sys.executable, "-m", "tests.distributed.cases", *sys.argv[1:]]
     with processes(settings(devices=count), command) as group:
         group.join({})
+        if count > 1:
+            (folder / f"means, {group.place.rank}.json").write_text(json.dumps(means(group.place.rank)))
         for name, case in CASES.items():
             changes = dict(case)
             redraw_seed, logger = changes.pop("redraw_seed", None), Recorder()
             chosen = settings(**changes, devices=count)
             first = group.place.rank == 0
-            trained = fit(np.load(images), CONFIG, chosen, redraw_seed=redraw_seed, logger=logger if first else None)
+            seen = Seen()
+            trained = fit(
+                np.load(images),
+                CONFIG,
+                chosen,
+                redraw_seed=redraw_seed,
+                logger=logger if first else None,
+                callbacks=[seen],
+            )
             result = {
+                "strategy": seen.strategy,
                 "history": trained.history,
                 "best_epoch": trained.best_epoch,
                 "logged": logger.records,

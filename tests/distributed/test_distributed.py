@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.distributed.cases import CASES
+from tests.distributed.cases import CASES, MEANS
 from tests.pipeline import clone_working_tree, run, set_params
 from tools.clone import ROOT, environment
 
@@ -83,6 +83,21 @@ def test_all_processes_end_with_the_same_history_and_only_the_first_logs_it(fitt
         assert other["logged"] == []
         if "validation_size" not in CASES[case]:  # else the first has the weights of the best epoch, not of the last
             assert other["weights"] == first["weights"]
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_a_gradient_is_the_mean_over_processes_also_where_some_read_slowly(fitted, count):
+    first = sum(rank**2 for rank in range(count)) / count
+
+    for rank in range(count):
+        got = json.loads((fitted[count] / f"means, {rank}.json").read_text())
+        assert got == pytest.approx([first + step for step in range(MEANS)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files in memory without a name")
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_on_one_host_gradients_go_through_shared_memory(fitted, count):
+    assert result(fitted[count], "held out")["strategy"] == "SharedMemoryStrategy"
 
 
 # the stage, on one host

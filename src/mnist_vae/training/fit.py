@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
@@ -40,6 +41,7 @@ from mnist_vae.training.checkpoints import (
 from mnist_vae.training.data_module import ImagesDataModule
 from mnist_vae.training.module import Losses, VAETraining
 from mnist_vae.training.processes import Share, own_share
+from mnist_vae.training.shared_memory import SharedMemoryStrategy
 
 
 class Fit(NamedTuple):
@@ -154,9 +156,11 @@ def _trainer(
     devices = nodes = 1
     if not share.is_all:
         # The process group is there already. Lightning reads from the environment what torchrun, too, leaves there.
-        strategy = DDPStrategy(gradient_as_bucket_view=True)
-        plugins.append(TorchElasticEnvironment())
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        is_on_one_cpu = devices == share.processes and dist.get_backend() == "gloo"
+        can_share = is_on_one_cpu and sys.platform == "linux"
+        strategy = SharedMemoryStrategy() if can_share else DDPStrategy(gradient_as_bucket_view=True)
+        plugins.append(TorchElasticEnvironment())
         nodes = share.processes // devices
     try:
         return L.Trainer(
