@@ -308,6 +308,10 @@ def main() -> None:
         os.sched_setaffinity(0, cpus)
     threads = arguments.pop("threads")
     with contextlib.redirect_stdout(sys.stderr):  # progress bars; stdout is for the result
+        from mnist_vae.portable import set_up_libraries
+
+        if task not in ("bare", "notebook", "whole_notebook"):  # these take torch as it is
+            set_up_libraries()
         from mnist_vae.compat import cure_torchvision
         from mnist_vae.model.cpu import set_up_cpu
 

@@ -19,6 +19,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only ends no stage
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    from mnist_vae.portable import set_up_libraries
+
+    set_up_libraries()
     # Half of a short stage is imports, and looking for garbage among them takes a third of that, mostly at the end:
     # to import what train needs, and to end, took 4.9 s of CPU time, and takes 2.7 s with these two settings.
     gc.set_threshold(1_000_000)

@@ -21,6 +21,7 @@ from mnist_vae.model.latent import encode
 from mnist_vae.model.model_file import SavedModel, save_model
 from mnist_vae.model.vae import VAEConfig
 from mnist_vae.params import Params, load_params
+from mnist_vae.portable import is_portable
 from mnist_vae.tracking.logger import JournalLogger
 from mnist_vae.tracking.provenance import git_state
 from mnist_vae.tracking.session import Session
@@ -95,7 +96,9 @@ def arguments(params: Params, dataset: Dataset, measured: Dataset) -> dict[str, 
 
 def identity(params: Params, dataset: Dataset) -> str:
     """What determines this training: its data, code, parameters and environment, as one name."""
-    return fingerprint(**ingredients(params, dataset), environment=dict(environment()))
+    eager = (params.train.compile, params.train.precision) == ("none", "32-true")  # else torch has kernels of its own
+    where = environment(portable=eager and is_portable())
+    return fingerprint(**ingredients(params, dataset), environment=dict(where))
 
 
 def about(params: Params, dataset: Dataset) -> dict[str, str]:

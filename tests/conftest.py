@@ -46,8 +46,10 @@ def browser() -> Iterator["playwright.sync_api.Browser"]:  # noqa: F821
 def _one_thread() -> None:
     """Tests share their machine, and a second thread changes the last bits of a result."""
     import torch
+    from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(1)
+    threadpool_limits(1, user_api="blas")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import platform
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,10 +192,24 @@ def test_identity_changes_with_the_code_and_with_the_environment(dataset, monkey
         patch.setattr("stages.train.digest_of_code", lambda paths: "another")
         names.append(identity(PARAMS, dataset))
     with monkeypatch.context() as patch:
-        patch.setattr("stages.train.environment", lambda: environment() | {"torch": "0.1"})
+        patch.setattr("stages.train.environment", lambda **how: environment(**how) | {"torch": "0.1"})
         names.append(identity(PARAMS, dataset))
 
     assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "depends"), [({}, False), ({"compile": "default"}, True), ({"precision": "bf16-mixed"}, True)]
+)
+def test_identity_depends_on_the_processor_where_its_bytes_do(dataset, monkeypatch, changes, depends):
+    params = PARAMS.model_copy(update={"train": PARAMS.train.model_copy(update=changes)})
+    monkeypatch.setattr("stages.train.is_portable", lambda: True)
+    names = set()
+    for maker in ("AuthenticAMD", "GenuineIntel"):
+        monkeypatch.setattr(module, "re", SimpleNamespace(findall=lambda *_, found=maker: [found]))
+        names.add(identity(params, dataset))
+
+    assert len(names) == (2 if depends else 1)
 
 
 def test_the_code_of_a_training_is_that_which_fits_and_not_that_which_draws(dataset, monkeypatch):

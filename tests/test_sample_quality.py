@@ -15,9 +15,9 @@ def normal(points, seed):
     return torch.randn(points, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def test_cloud_measures_the_radius_to_another_point():
-    assert cloud(REAL, neighbours=1).radii.tolist() == [1, 1, 2]
-    assert cloud(REAL, neighbours=2).radii.tolist() == [3, 2, 3]
+def test_cloud_measures_the_squared_radius_to_another_point():
+    assert cloud(REAL, neighbours=1).squared_radii.tolist() == [1, 1, 4]
+    assert cloud(REAL, neighbours=2).squared_radii.tolist() == [9, 4, 9]
 
 
 def test_sample_quality_matches_a_count_by_hand():

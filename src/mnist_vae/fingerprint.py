@@ -28,15 +28,19 @@ def digest_of_code(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def environment() -> Mapping[str, str]:
-    """What the last bits of a result depend on beside code, data and parameters."""
+def environment(*, portable: bool = False) -> Mapping[str, str]:
+    """What the last bits of a result depend on beside code, data and parameters.
+
+    Where the computation is ``portable``, that is not the processor's maker.
+    """
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
     vendors = re.findall(r"vendor_id\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    maker = vendors[0] if vendors else platform.processor() or "unknown"
     return {
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": vendors[0] if vendors else platform.processor() or "unknown",  # MKL's kernels go by the maker
+        "processor": "any" if portable else maker,  # MKL's kernels go by it
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **{package: version(package).partition("+")[0] for package in PACKAGES},

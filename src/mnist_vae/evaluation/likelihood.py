@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_vae.model.latent import Pixels
+from mnist_vae.model.products import product
 from mnist_vae.model.vae import VAE, log_prior, negative_log_likelihood
 
 GRID_IMAGES = 10_000  # images that share one decoding of the grid
@@ -87,10 +88,10 @@ def _quadrature_block(vae: VAE, x: Tensor, step: float) -> Quadrature:
         constant = log_p_z - F.softplus(logits).sum(dim=-1)  # (C, P), log p(x, z) = x · logits + constant
 
         log_on, log_off = F.logsigmoid(logits.amax(dim=1)), F.logsigmoid(-logits.amin(dim=1))  # (C, D), at their best
-        at_most = x @ (log_on - log_off).T + log_off.sum(dim=-1) + log_p_z.logsumexp(dim=-1)  # (B, C)
+        at_most = product(x, (log_on - log_off).T) + log_off.sum(dim=-1) + log_p_z.logsumexp(dim=-1)  # (B, C)
         for cell, matters in enumerate((at_most > negligible[:, None]).T):
             images = matters.nonzero().squeeze(dim=1)  # (R,)
-            log_joint = torch.addmm(constant[cell], x[images], logits[cell].T)  # (R, P)
+            log_joint = product(x[images], logits[cell].T).add_(constant[cell])  # (R, P)
             found = torch.stack([log_joint.logsumexp(dim=-1), log_joint[:, on_double_step].logsumexp(dim=-1)])
             log_sum[:, images] = torch.logaddexp(log_sum[:, images], found)
 

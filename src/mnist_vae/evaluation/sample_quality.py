@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mnist_vae.model.products import product
+
 FEATURE_SPACE = "pixels, averaged 2 × 2"  # nothing to train or download; averaging forgives a stroke moved by a pixel
 NEIGHBOURS = 5  # k of Naeem et al.
 BLOCK_ROWS = 1_000  # rows of a distance matrix held at a time
@@ -30,7 +32,7 @@ class Cloud(NamedTuple):
     """A set of images in the feature space."""
 
     features: Tensor  # (N, F)
-    radii: Tensor  # (N,) distance of each point to its k-th nearest neighbour, itself not counted
+    squared_radii: Tensor  # (N,) of the distance of each point to its k-th nearest neighbour, itself not counted
     neighbours: int  # k
 
 
@@ -58,12 +60,23 @@ def cloud(points: Tensor, neighbours: int = NEIGHBOURS) -> Cloud:
         raise ValueError(
             f"cloud: neighbours is {neighbours}; with {len(points)} images it must be 1 to {len(points) - 1}"
         )
-    radii = []
+    squared_radii = []
     for first, rows in zip(range(0, len(points), BLOCK_ROWS), points.split(BLOCK_ROWS), strict=True):
-        distance = torch.cdist(rows, points)  # (R, N)
-        distance.diagonal(offset=first).fill_(math.inf)  # a point is no neighbour of its own
-        radii.append(distance.topk(neighbours, largest=False).values[:, -1])
-    return Cloud(points, torch.cat(radii), neighbours)
+        squares = squared_distances(rows, points)  # (R, N)
+        squares.diagonal(offset=first).fill_(math.inf)  # a point is no neighbour of its own
+        squared_radii.append(squares.topk(neighbours, largest=False).values[:, -1])
+    return Cloud(points, torch.cat(squared_radii), neighbours)
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """‖a_i − b_j‖² of points (R, F) and (M, F), (R, M): ‖a_i‖² + ‖b_j‖² − 2 a_i · b_j.
+
+    Without the root that torch.cdist takes, whose last bits differ between processors.
+    """
+    squares = product(a, b.T).mul_(-2)
+    squares += a.square().sum(dim=1)[:, None]
+    squares += b.square().sum(dim=1)
+    return squares.clamp_min_(0)
 
 
 def sample_quality(real: Cloud, generated: Cloud) -> SampleQuality:
@@ -72,14 +85,14 @@ def sample_quality(real: Cloud, generated: Cloud) -> SampleQuality:
     The mean of a VAE's likelihood is a smooth image, nearer to the middle of the real ones than they are to each other.
     Precision and density reward that (density far beyond 1), and recall falls towards 0: read them together.
     """
-    balls_around = torch.zeros_like(generated.radii)  # (M,) real balls that hold each generated image
+    balls_around = torch.zeros_like(generated.squared_radii)  # (M,) real balls that hold each generated image
     recalled, covered = [], []  # (R,) each, by blocks of real images
-    for points, radii in zip(real.features.split(BLOCK_ROWS), real.radii.split(BLOCK_ROWS), strict=True):
-        distance = torch.cdist(points, generated.features)  # (R, M)
-        inside_real = distance <= radii[:, None]  # (R, M)
+    for points, radii in zip(real.features.split(BLOCK_ROWS), real.squared_radii.split(BLOCK_ROWS), strict=True):
+        squares = squared_distances(points, generated.features)  # (R, M)
+        inside_real = squares <= radii[:, None]  # (R, M)
         balls_around += inside_real.sum(dim=0)
         covered.append(inside_real.any(dim=1))
-        recalled.append((distance <= generated.radii).any(dim=1))
+        recalled.append((squares <= generated.squared_radii).any(dim=1))
     return SampleQuality(
         precision=_mean(balls_around > 0),
         recall=_mean(torch.cat(recalled)),

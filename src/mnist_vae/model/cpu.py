@@ -1,10 +1,11 @@
-"""How torch uses the CPU."""
+"""How torch and NumPy use the CPU."""
 
 import torch
+from threadpoolctl import threadpool_limits
 
 
 def set_up_cpu(threads: int) -> None:
-    """Give torch this many threads, and let the processor take denormal numbers for zero. Call it before any work.
+    """Give torch and NumPy this many threads, and have denormal numbers count as zero. Call it before any work.
 
     Denormal numbers, below about 1e-38 in float32, appear inside exp and log1p, and so in the loss of this model, where
     the decoder is sure of a pixel (a logit beyond about ±25). Processors take many times as long with them: as
@@ -13,3 +14,4 @@ def set_up_cpu(threads: int) -> None:
     """
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads)
+    threadpool_limits(threads, user_api="blas")

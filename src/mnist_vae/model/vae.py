@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnist_vae.model.products import Linear
+
 Activation = Literal["relu", "tanh"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -81,9 +83,9 @@ class VAE(nn.Module):
         self.config = config
         hidden, latent_dim = config.hidden_dims, config.latent_dim
         self.encoder = nn.Sequential(*hidden_layers([config.input_dim, *hidden], config.activation))
-        self.posterior = nn.Linear(hidden[-1], 2 * latent_dim)  # mean and log-variance side by side
+        self.posterior = Linear(hidden[-1], 2 * latent_dim)  # mean and log-variance side by side
         self.decoder = nn.Sequential(
-            *hidden_layers([latent_dim, *reversed(hidden)], config.activation), nn.Linear(hidden[0], config.input_dim)
+            *hidden_layers([latent_dim, *reversed(hidden)], config.activation), Linear(hidden[0], config.input_dim)
         )
 
     @property
@@ -109,7 +111,7 @@ class VAE(nn.Module):
 
 def hidden_layers(sizes: Sequence[int], activation: Activation) -> list[nn.Module]:
     """A linear layer from each size to the next, each with the activation behind it."""
-    return [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), ACTIVATIONS[activation]())]
+    return [layer for a, b in pairwise(sizes) for layer in (Linear(a, b), ACTIVATIONS[activation]())]
 
 
 def log_prior(z: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""Matrix products whose last bits do not depend on who made the processor.
+
+torch's own, by MKL, take other kernels on Intel than on AMD, which sum in another order. NumPy's OpenBLAS takes the
+kernels that OPENBLAS_CORETYPE names (``mnist_vae.portable``), and is as fast.
+
+Letters in shapes: N rows, I and O features.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, I) · b (I, O), (N, O), without a gradient."""
+    if a.device.type != "cpu":
+        return a @ b
+    result = a.new_empty(len(a), b.shape[1])
+    np.matmul(a.detach().numpy(), b.detach().numpy(), out=result.numpy())
+    return result
+
+
+class LinearFunction(torch.autograd.Function):
+    """x (N, I) · weightᵀ (I, O) + bias (O,), and its gradient, by ``product``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(N, O)."""
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t()).add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The gradient by each argument, from that by the result (N, O)."""
+        x, weight = ctx.saved_tensors
+        to_x = product(grad, weight) if ctx.needs_input_grad[0] else None
+        return to_x, product(grad.t(), x), grad.sum(dim=0)
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, by ``product`` on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, I) to (…, O)."""
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        rows: Tensor = LinearFunction.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, self.in_features), self.weight, self.bias
+        )
+        return rows.reshape(*x.shape[:-1], self.out_features)

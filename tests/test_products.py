@@ -1,0 +1,38 @@
+"""Matrix products by NumPy are torch's, with their gradients."""
+
+import torch
+from torch.nn import functional as F
+
+from mnist_vae.model.products import Linear, LinearFunction, product
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_product_is_that_of_torch_also_of_a_transpose_and_of_no_rows():
+    a, b = normal(5, 7), normal(3, 7, seed=1)
+
+    torch.testing.assert_close(product(a, b.T), a @ b.T)
+    torch.testing.assert_close(product(a[:0], b.T), a[:0] @ b.T)
+
+
+def test_linear_is_torchs_layer_for_any_number_of_dimensions():
+    layer = Linear(7, 3).double()
+
+    for shape in [(7,), (5, 7), (2, 5, 7), (0, 7)]:
+        x = normal(*shape)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_linear_has_the_gradients_that_finite_differences_have():
+    x, weight, bias = (normal(*shape).requires_grad_() for shape in [(5, 7), (3, 7), (3,)])
+
+    assert torch.autograd.gradcheck(LinearFunction.apply, (x, weight, bias))
+
+
+def test_linear_takes_torchs_own_product_in_less_precision():
+    layer, x = Linear(7, 3), normal(5, 7).float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
