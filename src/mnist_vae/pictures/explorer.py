@@ -93,7 +93,8 @@ def decoder_weights(vae: VAE) -> tuple[list[int], NDArray[np.float16]]:
     linear = [layer for layer in vae.decoder if isinstance(layer, nn.Linear)]
     sizes = [linear[0].in_features, *(layer.out_features for layer in linear)]
     tensors = [tensor for layer in linear for tensor in (layer.weight, layer.bias)]
-    weights = np.concatenate([tensor.detach().cpu().half().numpy().ravel() for tensor in tensors])
+    # Rounded by NumPy: the instruction that torch takes is emulated otherwise for denormal numbers.
+    weights = np.concatenate([tensor.numpy(force=True).astype(np.float16).ravel() for tensor in tensors])
     if not np.isfinite(weights).all():
         raise ValueError("the decoder's weights are not all finite in half precision: the model did not converge")
     return sizes, weights
