@@ -9,8 +9,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-faults test-shared test-distributed test-sweep lint audit ui sync share plots
-.PHONY: bench bench-quick verify table papers clean lock
+.PHONY: help setup run test test-fast test-faults test-shared test-distributed test-sweep test-processors lint audit ui
+.PHONY: sync share plots bench bench-quick verify table papers clean lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,10 +31,10 @@ run: $(READY) ## run the pipeline: data, training, evaluation, pictures
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
 test: $(READY) ## run all tests but those of the next targets
-	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not shared and not distributed"
+	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not shared and not distributed and not processors"
 
 test-fast: $(READY) ## run the tests that take seconds
-	@python -m pytest -m "not slow and not faults and not shared and not distributed"
+	@python -m pytest -m "not slow and not faults and not shared and not distributed and not processors"
 
 test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 takes a sample of 12)
 	@FAULTS=$(FAULTS) python -m pytest tests/faults --numprocesses 2
@@ -47,6 +47,9 @@ test-sweep: $(READY) ## sweep over three workers and a server, one worker killed
 
 test-distributed: $(READY) ## train in several processes, also on two hosts (network namespaces, as root)
 	@python -m pytest tests/distributed
+
+test-processors: $(READY) ## compare every output with those made under processors that QEMU emulates
+	@python -m pytest -m processors
 
 lint: $(READY) ## check style, format and types
 	@ruff check

@@ -31,7 +31,7 @@ for name in sys.argv[1:]:
 """
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.processors,
     pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64, from qemu-user"),
     pytest.mark.skipif(not is_able(), reason="needs an x86-64 processor with AVX2"),
 ]
