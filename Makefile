@@ -13,7 +13,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .PHONY: sync share plots bench bench-quick verify table papers clean lock
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: $(READY) ## make .venv with the pinned packages (done by the other targets when needed)
 

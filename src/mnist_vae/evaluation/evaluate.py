@@ -111,7 +111,7 @@ def summarise_elbo(bce: SampledBce, kld: Tensor, kl_weight: float) -> Metrics:
 
 
 def measure_nll(vae: VAE, x: Pixels, settings: Evaluate) -> tuple[Tensor, Metrics]:
-    """−log p(x) per image (N,) and its summary: by quadrature, or by sampling where that is asked for or out of reach."""
+    """−log p(x) per image (N,) and its summary: by quadrature, or by sampling where asked for or out of reach."""
     if settings.quadrature_step and vae.config.latent_dim <= 2:
         quadrature = quadrature_nll(vae, x, settings.quadrature_step)
         nll = quadrature.nll.double()
