@@ -19,7 +19,7 @@ Floats = NDArray[np.floating]
 LIBRARY = Path(__file__).resolve().parent.parent
 PACKED = [  # all of the library that answering takes
     *(LIBRARY / f"{module}.py" for module in ("__init__", "errors", "files")),
-    *(LIBRARY / "model" / f"{module}.py" for module in ("__init__", "model_file", "vae")),
+    *(LIBRARY / "model" / f"{module}.py" for module in ("__init__", "model_file", "products", "vae")),
     *(LIBRARY / "tracking" / f"{module}.py" for module in ("__init__", "serving")),
 ]
 SIDE = 28
