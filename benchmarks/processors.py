@@ -60,22 +60,16 @@ def main() -> None:
     qemu = shutil.which("qemu-x86_64")
     if qemu is None:
         sys.exit("needs qemu-x86_64, which Debian's package qemu-user has")
-    made = {name: {one: train(name, STEPS, [qemu, "-cpu", one])[0] for one in PROCESSORS} for name in ROWS}
-    for name in ROWS:
-        made[name]["here"] = train(name, STEPS)[0]
+    here = {name: train(name, STEPS)[0] for name in ROWS}
+    there = {name: [train(name, STEPS, [qemu, "-cpu", one])[0] for one in PROCESSORS] for name in ROWS}
     seconds: dict[str, list[float]] = {name: [] for name in ROWS}
     for _ in range(ROUNDS):
         for name, found in seconds.items():
             found.append(train(name, TIMED_STEPS)[1])
-    base = median(seconds["nothing"])
-    rows = [
-        [
-            name,
-            *("equal" if digest == made[name]["here"] else "differs" for digest in list(made[name].values())[:-1]),
-            f"{median(seconds[name]) / base:.2f} ×",
-        ]
-        for name in ROWS
-    ]
+    rows = []
+    for name in ROWS:
+        equal = ["equal" if digest == here[name] else "differs" for digest in there[name]]
+        rows.append([name, *equal, f"{median(seconds[name]) / median(seconds['nothing']):.2f} ×"])
     print(f"Bytes on {processor()}, beside those under")
     print(table(["settings", *PROCESSORS, "CPU time here"], rows))
 

@@ -310,7 +310,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # progress bars; stdout is for the result
         from mnist_vae.portable import set_up_libraries
 
-        if task not in ("bare", "notebook", "whole_notebook"):  # these take torch as it is
+        if threads == 1 and task not in ("bare", "notebook", "whole_notebook"):  # these take torch as it is
             set_up_libraries()
         from mnist_vae.compat import cure_torchvision
         from mnist_vae.model.cpu import set_up_cpu

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import io
 import sys
+from contextlib import suppress
 
 from stages import STAGES
 
@@ -19,18 +20,32 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only ends no stage
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    from mnist_vae.portable import set_up_libraries
-
-    set_up_libraries()
     # Half of a short stage is imports, and looking for garbage among them takes a third of that, mostly at the end:
     # to import what train needs, and to end, took 4.9 s of CPU time, and takes 2.7 s with these two settings.
     gc.set_threshold(1_000_000)
+    if has_one_thread(sys.argv[1]):
+        from mnist_vae.portable import set_up_libraries
+
+        set_up_libraries()
     from stages.stage import run_stage
 
     try:
         run_stage(sys.argv[1])
     finally:
         gc.freeze()
+
+
+def has_one_thread(stage: str) -> bool:
+    """Whether a stage computes in one thread. With several, its bytes depend on the processor, whatever is told."""
+    from mnist_vae.errors import UserError
+    from mnist_vae.params import load_params
+    from stages.artifacts import PARAMS
+
+    if stage not in ("train", "evaluate"):
+        return True
+    with suppress(UserError):  # which the stage itself will meet, and tell
+        return load_params(PARAMS).train.threads == 1
+    return True
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def arguments(params: Params, dataset: Dataset, measured: Dataset) -> dict[str, 
 
 def identity(params: Params, dataset: Dataset) -> str:
     """What determines this training: its data, code, parameters and environment, as one name."""
-    eager = (params.train.compile, params.train.precision) == ("none", "32-true")  # else torch has kernels of its own
-    where = environment(portable=eager and is_portable())
+    train = params.train
+    plain = (train.threads, train.compile, train.precision) == (1, "none", "32-true")  # else torch has its own kernels
+    where = environment(portable=plain and is_portable())
     return fingerprint(**ingredients(params, dataset), environment=dict(where))
 
 

@@ -32,9 +32,10 @@ def main() -> None:
 
 
 def push_reference(name: str) -> None:
-    """What `dvc exp push --no-cache` does, by git: where the remote is a folder, DVC writes into it itself, and if it
-    is killed there, the lock that it leaves refuses this experiment for good. git has a process of the remote's write,
-    which ends in order whatever happens to this side.
+    """Push an experiment to the source, as `dvc exp push --no-cache` would, but with git.
+
+    Where the source is a folder, DVC itself writes there, and if it is killed while it does, its lock stays and refuses
+    this experiment from then on. With git, a process of the source's side writes, and a kill of this side spares it.
     """
     path = reference(git("rev-parse", "HEAD").strip(), name)
     call(program=["git", "push", "--quiet", "origin", f"{path}:{path}"], attempts=ATTEMPTS)

@@ -33,7 +33,6 @@ TRACKING = "tells MLflow what happened; nothing of it flows back"
 PUBLIC_API = "the names for people who import the library; no stage takes one from here"
 UNDECLARED = {
     "stages/__init__.py": "names stages and folders; the files that download takes from one have known hashes",
-    "stages/__main__.py": "starts the runner",
     "stages/stage.py": RUNNER,
     "stages/outputs.py": RUNNER,
     "stages/key.py": "of other stages than train: says where in the journal the records belong",

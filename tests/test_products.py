@@ -1,5 +1,6 @@
 """Matrix products by NumPy are torch's, with their gradients."""
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -29,6 +30,15 @@ def test_linear_has_the_gradients_that_finite_differences_have():
     x, weight, bias = (normal(*shape).requires_grad_() for shape in [(5, 7), (3, 7), (3,)])
 
     assert torch.autograd.gradcheck(LinearFunction.apply, (x, weight, bias))
+
+
+def test_with_more_threads_products_are_torchs_own(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(np, "matmul", None)
+    layer, x = Linear(7, 3), normal(5, 7).float()
+
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(product(x, x.T), x @ x.T)
 
 
 def test_linear_takes_torchs_own_product_in_less_precision():

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from mnist_vae.errors import UserError
 from stages import stage
+from stages.__main__ import has_one_thread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,6 +22,21 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "threads", "one"), [("train", 1, True), ("evaluate", 2, False), ("render_grid", 2, True)]
+)
+def test_a_stage_computes_in_one_thread_unless_it_is_given_more(stage, threads, one, tmp_path, monkeypatch):
+    text = (REPOSITORY / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("threads: 1 ", f"threads: {threads} "))
+    monkeypatch.chdir(tmp_path)
+    assert has_one_thread(stage) == one
+
+
+def test_wrong_parameters_are_for_the_stage_to_tell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert has_one_thread("train")
 
 
 # five stages are five processes, and imports are most of a short one

@@ -1,7 +1,8 @@
 """Matrix products whose last bits do not depend on who made the processor.
 
 torch's own, by MKL, take other kernels on Intel than on AMD, which sum in another order. NumPy's OpenBLAS takes the
-kernels that OPENBLAS_CORETYPE names (``mnist_vae.portable``), and is as fast.
+kernels that OPENBLAS_CORETYPE names (``mnist_vae.portable``), and is as fast. With more than one thread, those of
+torch and those of OpenBLAS would keep the cores from each other by waiting, so there the products are torch's.
 
 Letters in shapes: N rows, I and O features.
 """
@@ -14,9 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def is_numpys(x: Tensor) -> bool:
+    """Whether products of ``x`` are NumPy's: on the CPU, in one thread."""
+    return x.device.type == "cpu" and torch.get_num_threads() == 1
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (N, I) · b (I, O), (N, O), without a gradient."""
-    if a.device.type != "cpu":
+    if not is_numpys(a):
         return a @ b
     result = a.new_empty(len(a), b.shape[1])
     np.matmul(a.detach().numpy(), b.detach().numpy(), out=result.numpy())
@@ -41,11 +47,11 @@ class LinearFunction(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, by ``product`` on a CPU."""
+    """torch's linear layer, by ``product`` where that is NumPy's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) to (…, O)."""
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not is_numpys(x):
             return F.linear(x, self.weight, self.bias)
         rows: Tensor = LinearFunction.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, self.in_features), self.weight, self.bias
