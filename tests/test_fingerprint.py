@@ -199,7 +199,8 @@ def test_identity_changes_with_the_code_and_with_the_environment(dataset, monkey
 
 
 @pytest.mark.parametrize(
-    ("changes", "depends"), [({}, False), ({"compile": "default"}, True), ({"precision": "bf16-mixed"}, True)]
+    ("changes", "depends"),
+    [({}, False), ({"threads": 2}, True), ({"compile": "default"}, True), ({"precision": "bf16-mixed"}, True)],
 )
 def test_identity_depends_on_the_processor_where_its_bytes_do(dataset, monkeypatch, changes, depends):
     params = PARAMS.model_copy(update={"train": PARAMS.train.model_copy(update=changes)})
