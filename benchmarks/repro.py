@@ -55,7 +55,7 @@ def repro(folder: Path) -> Repro:
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if match := re.match(r"Running stage '(.+)':", line):
+        if match := re.search(r"Running stage '(\w+)':", line):  # which another process's words may precede
             begun.append((match[1], time.perf_counter()))
     status, ended = process.wait(), time.perf_counter()
     if status:
