@@ -36,7 +36,7 @@ def make_clone(folder: Path, epochs: int | None = None) -> Path:
     return folder
 
 
-def repro(folder: Path) -> Repro:
+def repro(folder: Path, *options: str) -> Repro:
     """Run the pipeline, noting when each stage begins.
 
     Raises:
@@ -45,7 +45,7 @@ def repro(folder: Path) -> Repro:
     begun, lines = [], []
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro"],
+        [sys.executable, "-m", "dvc", "repro", *options],
         cwd=folder,
         env=environment(folder, PYTHONUNBUFFERED="1"),
         stdout=subprocess.PIPE,
@@ -55,7 +55,7 @@ def repro(folder: Path) -> Repro:
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if match := re.search(r"Running stage '(\w+)':", line):  # which another process's words may precede
+        if match := re.match(r"Running stage '(.+)':", line):
             begun.append((match[1], time.perf_counter()))
     status, ended = process.wait(), time.perf_counter()
     if status:
