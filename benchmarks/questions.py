@@ -180,10 +180,11 @@ class Bench:
         rows += [[f"notebook, {plural(threads, 'thread')}", sample.text()] for threads, sample in notebooks.items()]
         return Section(
             "Whole pipeline",
-            "`dvc repro --force` in a fresh clone of the last commit (uncommitted changes are not in it), with an empty "
-            f"cache and no MLflow store, {plural(epochs, 'epoch')}; next to it the notebook from its first import to its "
-            "last picture, without seaborn. Both fetch MNIST from the same mirror. What a stage spends on imports (by "
-            "`python -X importtime`), compute and tracking is from another cold pass, stage by stage without DVC; "
+            "`dvc repro --force` in a fresh clone of the last commit (uncommitted changes are not in it), with an "
+            f"empty cache and no MLflow store, {plural(epochs, 'epoch')}; next to it the notebook from its first "
+            "import to its last picture, without seaborn. Both fetch MNIST from the same mirror. What a stage spends "
+            "on imports (by `python -X importtime`), compute and tracking is from another cold pass, stage by stage "
+            "without DVC; "
             "tracking is the wait at its end for the process beside it that calls MLflow. The rest is DVC's (hashing, "
             "the lock file), and carries the noise of both passes.",
             ["", "seconds", "share", "imports", "compute", "tracking", "rest"],
