@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sqlite3
+import time
 
 import numpy as np
 import pytest
@@ -326,6 +327,7 @@ def test_an_address_of_no_known_kind_is_a_users_problem(tmp_path, monkeypatch):
 )
 def test_no_password_is_in_the_message(tmp_path, monkeypatch, caplog, capfd, uri):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between its tries of a database MLflow waits 100 s in all
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
 
     with caplog.at_level(logging.DEBUG, "mnist_vae"), pytest.raises(UserError, match="does not open") as error:
@@ -467,6 +469,7 @@ def test_a_database_that_another_program_is_making_is_waited_for(workspace, tmp_
     monkeypatch.setattr(module, "QUIET_S", 3)
     program = """
 import sqlite3
+import time
 target = sqlite3.connect(workspace / "mlflow.db")
 target.execute("create table half (x)")
 target.commit()
@@ -490,6 +493,7 @@ with sqlite3.connect(sys.argv[2]) as source:
 def test_what_a_killed_process_did_not_finish_is_taken_back(fresh):
     program = """
 import sqlite3
+import time
 database = sqlite3.connect(workspace / "mlflow.db", isolation_level=None)
 database.execute("pragma cache_size = 1")  # pages go to the file before the transaction ends
 database.execute("begin immediate")
