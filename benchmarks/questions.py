@@ -184,9 +184,8 @@ class Bench:
             f"empty cache and no MLflow store, {plural(epochs, 'epoch')}; next to it the notebook from its first "
             "import to its last picture, without seaborn. Both fetch MNIST from the same mirror. What a stage spends "
             "on imports (by `python -X importtime`), compute and tracking is from another cold pass, stage by stage "
-            "without DVC; "
-            "tracking is the wait at its end for the process beside it that calls MLflow. The rest is DVC's (hashing, "
-            "the lock file), and carries the noise of both passes.",
+            "without DVC; tracking is the wait at its end for the process beside it that calls MLflow. The rest is "
+            "DVC's (hashing, the lock file), and carries the noise of both passes.",
             ["", "seconds", "share", "imports", "compute", "tracking", "rest"],
             [row + [""] * (7 - len(row)) for row in rows],
             [

@@ -39,6 +39,13 @@ def test_wrong_parameters_are_for_the_stage_to_tell(tmp_path, monkeypatch):
     assert has_one_thread("train")
 
 
+def test_libraries_are_told_before_they_are_loaded():
+    asked = "import sys; from stages.__main__ import has_one_thread; has_one_thread('train'); print(*sys.modules)"
+    loaded = set(python("-c", asked).stdout.split())
+    assert "mnist_vae.params" in loaded
+    assert not {"numpy", "scipy", "torch"} & loaded
+
+
 # five stages are five processes, and imports are most of a short one
 
 

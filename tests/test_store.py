@@ -469,7 +469,6 @@ def test_a_database_that_another_program_is_making_is_waited_for(workspace, tmp_
     monkeypatch.setattr(module, "QUIET_S", 3)
     program = """
 import sqlite3
-import time
 target = sqlite3.connect(workspace / "mlflow.db")
 target.execute("create table half (x)")
 target.commit()
@@ -493,7 +492,6 @@ with sqlite3.connect(sys.argv[2]) as source:
 def test_what_a_killed_process_did_not_finish_is_taken_back(fresh):
     program = """
 import sqlite3
-import time
 database = sqlite3.connect(workspace / "mlflow.db", isolation_level=None)
 database.execute("pragma cache_size = 1")  # pages go to the file before the transaction ends
 database.execute("begin immediate")

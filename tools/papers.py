@@ -33,7 +33,7 @@ Made by `make papers`; do not edit. Each row is one file in [`papers/`](../paper
 DVC experiment, `papers-` and the file's name; `make papers ROWS=svae-d2` runs one. Values are nats per image on all
 10,000 test images, ± the standard error: of a likelihood over images, of a loss over draws of z. Both sides look at the
 same images, so that two likelihoods differ by less chance than that. The seconds are those of the stage train on
-one core; in all rows but d = 2 another core had work too, so an idle machine takes less."""
+one core; other work on the machine makes them more."""
 
 
 class Row(BaseModel):
