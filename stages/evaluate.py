@@ -52,7 +52,7 @@ def main(session: Session) -> None:
     chosen_by = "val_nll" if "val_nll" in evaluation.metrics else "nll"
     on = {"images": len(held_out), "selected_by": "validation nll"} if chosen_by == "val_nll" else {}
     session.register(MODEL, {**about, "selected_by": "test nll", **on}, float(evaluation.metrics[chosen_by]))
-    for path in (METRICS / "evaluate.json", METRICS / "report.md", CODES, *(PLOTS / f"{p}.png" for p in PICTURES)):
+    for path in (METRICS / "evaluate.json", METRICS / "report.md", CODES, PLOTS / "nll.csv", *(PLOTS / f"{p}.png" for p in PICTURES)):
         session.log_file(path)
 
     if not evaluation.metrics["active_units"]:
@@ -87,17 +87,19 @@ def card(params: Params, dataset: Dataset, model: SavedModel, evaluation: Evalua
 
 
 def draw(dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> None:
-    """The pictures of training and of the test set, and its codes as a table."""
+    """The pictures of training and of the test set, with its codes and its likelihoods as tables."""
     title, means = dataset.title, evaluation.posterior.mean.numpy()
     table = read_csv("losses.csv", "train").drop(columns="binarize")
     losses = {str(name): column.tolist() for name, column in table.items()}
     figures.save_png(PLOTS / "losses.png", figures.losses_figure(losses, model.dataset))
 
     codes = pd.DataFrame(means, columns=[f"z{dim}" for dim in range(means.shape[1])])
-    if dataset.y_test is not None:
-        codes.insert(0, "digit", dataset.y_test)
-    with atomic_write(CODES) as scratch:
-        codes.to_csv(scratch, index=False, float_format="%.5f")
+    nll = pd.DataFrame({"nll": evaluation.nll})
+    for path, columns in ((CODES, codes), (PLOTS / "nll.csv", nll)):
+        if dataset.y_test is not None:
+            columns.insert(0, "digit", dataset.y_test)
+        with atomic_write(path) as scratch:
+            columns.to_csv(scratch, index=False, float_format="%.5f")
 
     ellipses = np.random.default_rng(0).choice(len(means), min(ELLIPSES, len(means)), replace=False)
     plane = leading_dimensions(model.kld_per_dim)

@@ -76,6 +76,15 @@ def test_latent_map_has_one_row_per_test_image(finished_pipeline):
     assert len(codes) == 359
 
 
+def test_likelihoods_are_a_table_of_test_images_with_the_mean_and_error_of_the_metrics(finished_pipeline):
+    table = pd.read_csv(finished_pipeline / "plots/nll.csv")
+    metrics = read_json(finished_pipeline / "metrics/evaluate.json")
+    assert list(table.columns) == ["digit", "nll"]
+    assert len(table) == 359
+    assert table["nll"].mean() == pytest.approx(metrics["nll"], abs=1e-5)
+    assert table["nll"].sem() == pytest.approx(metrics["nll_se"], abs=1e-5)
+
+
 def test_the_card_names_the_training_by_its_fingerprint(finished_pipeline):
     card = (finished_pipeline / "metrics/report.md").read_text()
     assert load_model(finished_pipeline / "models/vae.safetensors").fingerprint in card
@@ -359,6 +368,7 @@ def test_the_pipeline_runs_on_somebodys_own_images_without_labels(pipeline, tmp_
     assert metrics["dataset"] == "faces/"
     assert not {"knn_accuracy", "linear_probe_accuracy"} & metrics.keys()
     assert (pipeline / "plots/latents.csv").read_text().startswith("z0,z1\n")
+    assert (pipeline / "plots/nll.csv").read_text().startswith("nll\n")
 
     assert stages_run(run(pipeline, "dvc", "repro").stdout) == []
     np.save(folder / "x_test.npy", np.zeros((120, 28, 28), np.uint8))
