@@ -24,6 +24,7 @@ from stages.key import stage_key
 RECONSTRUCTIONS = 18  # test images shown, evenly spread from the best to the worst
 ELLIPSES = 30  # posteriors drawn in full
 TRAVERSAL = np.linspace(-3, 3, 13)  # standard deviations of the prior
+NLL = PLOTS / "nll.csv"
 PICTURES = ("latents", "losses", "nll", "reconstructions", "traversal")
 
 
@@ -52,7 +53,8 @@ def main(session: Session) -> None:
     chosen_by = "val_nll" if "val_nll" in evaluation.metrics else "nll"
     on = {"images": len(held_out), "selected_by": "validation nll"} if chosen_by == "val_nll" else {}
     session.register(MODEL, {**about, "selected_by": "test nll", **on}, float(evaluation.metrics[chosen_by]))
-    for path in (METRICS / "evaluate.json", METRICS / "report.md", CODES, PLOTS / "nll.csv", *(PLOTS / f"{p}.png" for p in PICTURES)):
+    pictures = [PLOTS / f"{name}.png" for name in PICTURES]
+    for path in (METRICS / "evaluate.json", METRICS / "report.md", CODES, NLL, *pictures):
         session.log_file(path)
 
     if not evaluation.metrics["active_units"]:
@@ -95,7 +97,7 @@ def draw(dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> None:
 
     codes = pd.DataFrame(means, columns=[f"z{dim}" for dim in range(means.shape[1])])
     nll = pd.DataFrame({"nll": evaluation.nll})
-    for path, columns in ((CODES, codes), (PLOTS / "nll.csv", nll)):
+    for path, columns in ((CODES, codes), (NLL, nll)):
         if dataset.y_test is not None:
             columns.insert(0, "digit", dataset.y_test)
         with atomic_write(path) as scratch:

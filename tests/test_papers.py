@@ -54,10 +54,64 @@ def test_document_says_which_rows_have_not_been_run():
     assert "not run yet" in document({"one": Row(**ROW)}, {})
 
 
+def test_document_gives_the_gain_over_another_row_with_its_own_error():
+    rows = {"one": Row(**ROW), "two": Row(**ROW | {"table": "Table 2", "compared_with": "one"})}
+    text = document(rows, {"one": FOUND, "two": FOUND.model_copy(update={"gain": 0.456, "gain_error": 0.021})})
+
+    assert "- **Table 2** over Table 1: 0.46 ± 0.02 nats\n" in text
+    assert "image by image" not in document(rows, {"one": FOUND, "two": FOUND})
+
+
+@pytest.fixture
+def two_experiments(monkeypatch):
+    """The rows "one" and "two", with a table of likelihoods each: the second better by 1, 2, 3 nats on three images."""
+    tables = {"ref/one": "digit,nll\n0,80\n1,90\n2,100\n", "ref/two": "digit,nll\n0,79\n1,88\n2,97\n"}
+    monkeypatch.setattr(papers, "reference", lambda name: f"ref/{name}" if f"ref/{name}" in tables else "")
+    monkeypatch.setattr(papers, "git", lambda _, what: tables[what.removesuffix(":plots/nll.csv")])
+
+
+def test_rows_are_compared_image_by_image(two_experiments):
+    found = papers.compared("ref/two", Row(**ROW | {"compared_with": "one"}))
+
+    assert found == {"gain": 2.0, "gain_error": pytest.approx(1 / 3**0.5)}
+
+
+def test_a_row_is_not_compared_with_one_that_has_not_been_run(two_experiments):
+    assert papers.compared("ref/two", Row(**ROW | {"compared_with": "three"})) == {}
+    assert papers.compared("ref/two", Row(**ROW)) == {}
+
+
+def test_rows_that_are_compared_look_at_the_same_images():
+    rows = read_rows()
+    for row in rows.values():
+        if row.compared_with:
+            of_data = [
+                {key: v for key, v in r.params.items() if key.startswith("data.")}
+                for r in (row, rows[row.compared_with])
+            ]
+            assert of_data[0] == of_data[1]
+
+
+def test_a_row_comes_after_the_one_that_it_is_compared_with():
+    rows = list(read_rows().items())
+    done = set()
+    for name, row in rows:
+        assert row.compared_with is None or row.compared_with in done
+        done.add(name)
+
+
 def test_read_rows_refuses_a_file_that_is_no_row(tmp_path):
     (tmp_path / "odd.yaml").write_text(json.dumps(ROW | {"quantity": "perplexity"}))
 
     with pytest.raises(SystemExit, match=r"odd\.yaml: quantity"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["two", "one"])
+def test_read_rows_refuses_a_row_to_compare_with_that_is_not_there(tmp_path, other):
+    (tmp_path / "one.yaml").write_text(json.dumps(ROW | {"compared_with": other}))
+
+    with pytest.raises(SystemExit, match=rf"one\.yaml: compared_with: no other row is called {other}"):
         read_rows(tmp_path)
 
 

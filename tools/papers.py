@@ -10,9 +10,11 @@ interrupted resumes after its last epoch. What has come out so far stands in pap
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 
@@ -32,7 +34,8 @@ INTRODUCTION = """# Published numbers, and ours
 Made by `make papers`; do not edit. Each row is one file in [`papers/`](../papers), which has its parameters, and one
 DVC experiment, `papers-` and the file's name; `make papers ROWS=svae-d2` runs one. Values are nats per image on all
 10,000 test images, ± the standard error: of a likelihood over images, of a loss over draws of z. Both sides look at the
-same images, so that two likelihoods differ by less chance than that. The seconds are those of the stage train on
+same images, so that two likelihoods differ by less chance than that: the error of a difference between two rows, where
+one is given, is that of the mean of the differences of each image. The seconds are those of the stage train on
 one core; other work on the machine makes them more."""
 
 
@@ -49,6 +52,7 @@ class Row(BaseModel):
     published_epochs: int | None = None
     metric: Literal["nll", "loss"]  # of metrics/evaluate.json
     differs: str  # from the source
+    compared_with: str | None = None  # another row, image by image
     params: dict[str, Any]
 
     @property
@@ -63,9 +67,11 @@ class Result(BaseModel):
     value: float
     error: float  # its standard error, over images
     epochs: int
-    seconds: float | None  # of training; None where DVC's cache had the model already
+    seconds: float | None = None  # of training; None where DVC's cache had the model already
     processor: str
     commit: str
+    gain: float | None = None  # mean over images of the other row's nll less this one's, nats
+    gain_error: float | None = None  # its standard error
 
 
 def read_rows(folder: Path = ROWS) -> dict[str, Row]:
@@ -81,7 +87,15 @@ def read_rows(folder: Path = ROWS) -> dict[str, Row]:
         except ValidationError as error:
             first = error.errors()[0]
             sys.exit(f"papers: {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-    return dict(sorted(rows.items(), key=lambda row: (row[1].source, row[1].params.get("model.latent_dim", 0))))
+    for name, row in rows.items():
+        if row.compared_with not in {None, *rows} - {name}:
+            sys.exit(f"papers: {folder / name}.yaml: compared_with: no other row is called {row.compared_with}")
+
+    def order(item: tuple[str, Row]) -> tuple[str, int, bool]:
+        row = item[1]
+        return row.source, row.params.get("model.latent_dim", 0), row.compared_with is not None
+
+    return dict(sorted(rows.items(), key=order))
 
 
 def experiment(name: str) -> str:
@@ -138,7 +152,17 @@ def result(name: str, row: Row) -> Result:
         seconds=training_seconds(name),
         processor=processor(),
         commit=git("rev-parse", "--short", f"{ref}^").strip(),
+        **compared(ref, row),
     )
+
+
+def compared(ref: str, row: Row) -> dict[str, float]:
+    """How much better the same images fare than in the row that this one is compared with, if that has been run."""
+    if not row.compared_with or not (other := reference(row.compared_with)):
+        return {}
+    ours, theirs = (pd.read_csv(StringIO(git("show", f"{of}:plots/nll.csv")))["nll"] for of in (ref, other))
+    gains = theirs - ours
+    return {"gain": gains.mean(), "gain_error": gains.sem()}
 
 
 def training_seconds(name: str) -> float | None:
@@ -171,8 +195,14 @@ def document(rows: dict[str, Row], results: dict[str, Result]) -> str:
         else:
             cells += ["not run yet", "", theirs, str(row.params.get("train.epochs", "")), "", ""]
         lines.append(cells)
+    gains = [
+        f"- **{row.table}** over {rows[row.compared_with].table}: {found.gain:.2f} ± {found.gain_error:.2f} nats"
+        for name, row in rows.items()
+        if row.compared_with and (found := results.get(name)) and found.gain is not None
+    ]
+    image_by_image = "\n".join(["## Better, image by image", "", *gains]) + "\n\n" if gains else ""
     differences = "\n".join(f"- **{row.source}, {row.table}**: {row.differs}." for row in rows.values())
-    return f"{INTRODUCTION}\n\n{table(COLUMNS, lines)}\n\n## What differs\n\n{differences}\n"
+    return f"{INTRODUCTION}\n\n{table(COLUMNS, lines)}\n\n{image_by_image}## What differs\n\n{differences}\n"
 
 
 def read_results() -> dict[str, Result]:
@@ -191,7 +221,7 @@ def main() -> None:
             if not ref or not is_current(ref, rows[name]):
                 run(name, rows[name])
             results = {**read_results(), name: result(name, rows[name])}
-            write_json(RESULTS, {name: found.model_dump() for name, found in sorted(results.items())})
+            write_json(RESULTS, {name: found.model_dump(exclude_none=True) for name, found in sorted(results.items())})
             write_text(DOCUMENT, document(rows, results))
             print(f"papers: {name}: {results[name].value:.2f}")
     except subprocess.CalledProcessError:
