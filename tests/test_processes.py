@@ -1,14 +1,19 @@
 """Which process of a training this is, and what it takes; tests/distributed has several of them train."""
 
+import os
 import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 from mnist_vae.errors import UserError
+from mnist_vae.training import shared_memory
 from mnist_vae.training.data_module import CHUNK, Chunks, share_of_each
 from mnist_vae.training.fit import fit
-from mnist_vae.training.processes import Place, Share, place, processes
+from mnist_vae.training.processes import Place, ProcessLostError, Share, place, processes
 from stages.stage import is_first_process
 from tests.training import CONFIG, settings, weights
 
@@ -123,6 +128,46 @@ def test_fit_refuses_to_be_alone_where_several_processes_are_asked_for(images):
         UserError, match=re.escape("train.devices is 2 and train.nodes 1, and this is the only process")
     ):
         fit(images, CONFIG, settings(devices=2))
+
+
+# waiting for each other
+
+
+@pytest.fixture
+def strategy(monkeypatch):
+    """That of the first of two processes; the other one has come twice, this one once."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(shared_memory, "LATE_S", 0.1)
+    strategy = shared_memory.SharedMemoryStrategy()
+    strategy.arrivals = np.array([1, 2])
+    strategy.pids = [os.getpid(), os.getpid()]
+    return strategy
+
+
+def test_a_process_goes_on_when_the_others_have_come_as_often(strategy):
+    strategy._wait_for_all()
+
+    assert list(strategy.arrivals) == [2, 2]
+
+
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_a_process_that_has_ended_is_not_waited_for(strategy, is_reaped):
+    strategy.arrivals = np.array([2, 2])
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        if is_reaped:
+            ended.wait()
+        strategy.pids[1] = ended.pid
+
+        with pytest.raises(ProcessLostError, match="has ended"):
+            strategy._wait_for_all()
+
+
+def test_a_process_that_lives_is_not_waited_for_beyond_the_limit(strategy, monkeypatch):
+    strategy.arrivals = np.array([2, 2])
+    monkeypatch.setattr(shared_memory, "ANSWER_S", 0.3)
+
+    with pytest.raises(ProcessLostError, match="does not answer"):
+        strategy._wait_for_all()
 
 
 # precision

@@ -64,7 +64,8 @@ def share_of_each(images: Tensor, batch_size: int, share: Share) -> Tensor:
 def rows(images: Tensor | ImageSource, which: slice | Tensor) -> Tensor:
     """Some of the images, (n, D) uint8."""
     if isinstance(images, Tensor):
-        return images[which if isinstance(which, slice) else which.to(images.device)]
+        # index_select copies row by row, which an index in brackets does not
+        return images[which] if isinstance(which, slice) else images.index_select(0, which.to(images.device))
     found = images[which] if isinstance(which, slice) else images[which.numpy(force=True)]
     own = found if found.flags.writeable else np.array(found)  # a mapped file is read-only, and torch takes no such
     return torch.from_numpy(own).flatten(1)

@@ -1,16 +1,25 @@
 """The mean gradient of the processes of one host, through memory that they share.
 
-gloo would send the gradients of all weights through sockets after each mini-batch. Here sockets only carry the word
-that everybody has written.
+gloo would send the gradients of all weights through sockets after each mini-batch, and the word that everybody has
+written, which alone takes longer than the averaging.
 """
 
 import os
+import platform
 import sys
+import time
 
+import psutil
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+
+from mnist_vae.training.processes import ANSWER_S, ProcessLostError
+
+# x86-64 lets nobody see a later write before an earlier one: whoever sees a count sees what was written before it.
+IS_POSSIBLE = sys.platform == "linux" and platform.machine() == "x86_64"
+LATE_S = 1  # of waiting for a process before asking whether it still runs
 
 
 class SharedMemoryStrategy(DDPStrategy):
@@ -20,19 +29,26 @@ class SharedMemoryStrategy(DDPStrategy):
         """Leave the module as it is: equal seeds, or one checkpoint, give all processes the same weights."""
         assert self.lightning_module is not None
         self.weights = [*self.lightning_module.parameters()]
-        count = sum(weight.numel() for weight in self.weights)
+        count, processes = sum(weight.numel() for weight in self.weights), dist.get_world_size()
         self.mean = torch.empty(count)
-        self.memory = shared_memory(2 * dist.get_world_size() * count).view(2, -1, count)
+        self.memory = shared_memory(2 * processes * count, torch.float32).view(2, processes, count)
         self.turn = 0
+        self.arrivals = shared_memory(processes, torch.int64).numpy()  # how often each process has written
+        self.pids: list[int] = [0] * processes
+        dist.all_gather_object(self.pids, os.getpid())
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the gradients; a process that is lost meanwhile is noticed as in every call to all of them."""
+        """Average the gradients.
+
+        Raises:
+            ProcessLostError: another process has ended, or has not come for ANSWER_S seconds.
+        """
         # Two halves take turns, so that one wait is enough: when all have written to one, all have read the other.
         places = self.memory[self.turn]  # (processes, weights)
         self.turn = 1 - self.turn
         gradients = [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
         torch.cat(gradients, out=places[dist.get_rank()])
-        dist.barrier()
+        self._wait_for_all()
         torch.add(places[0], places[1], out=self.mean)  # in the same order in all; mean(dim=0) takes twice as long
         for place in places[2:]:
             self.mean.add_(place)
@@ -40,14 +56,34 @@ class SharedMemoryStrategy(DDPStrategy):
         for weight, part in zip(self.weights, self.mean.split([part.numel() for part in gradients]), strict=True):
             weight.grad = part.view_as(weight)
 
+    def _wait_for_all(self) -> None:
+        """Until each process has written as often as this one."""
+        self.arrivals[dist.get_rank()] = own = self.arrivals[dist.get_rank()] + 1
+        since = time.monotonic()
+        while self.arrivals.min() < own:
+            os.sched_yield()  # there may be fewer cores than processes
+            seconds = time.monotonic() - since
+            if seconds > LATE_S and any(map(has_ended, self.pids)):
+                raise ProcessLostError("a process of this host has ended")
+            if seconds > ANSWER_S:
+                raise ProcessLostError("a process of this host does not answer")
 
-def shared_memory(numbers: int) -> Tensor:
-    """Zeros (numbers,) that all processes have, which are on one host. Linux only: a file in memory, without a name."""
+
+def has_ended(pid: int) -> bool:
+    """Whether a process of this host is no more, or only waits for whoever started it to hear of its end."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def shared_memory(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros (count,) that all processes have, which are on one host. Linux only: a file in memory, without a name."""
     assert sys.platform == "linux"
     file = os.memfd_create("gradients")
     paths = [f"/proc/{os.getpid()}/fd/{file}"]
     dist.broadcast_object_list(paths, src=0)
-    memory = torch.from_file(paths[0], shared=True, size=numbers)
+    memory = torch.from_file(paths[0], shared=True, size=count, dtype=dtype)
     dist.barrier()  # everybody has opened the first process's file; it goes with the last of them
     os.close(file)
     return memory
