@@ -48,15 +48,16 @@ def test_plots_page_draws_its_charts_and_each_picture_once_without_a_network(pip
     run(pipeline, "dvc", "plots", "show")
     visit = Visit(browser, (pipeline / "dvc_plots/index.html").as_uri())
 
-    charts = drawn(visit.page)
-    assert len(charts) == 2  # the losses in their panels, the latent map
-    assert charts[0] > 3 * 2  # three panels with a point for each epoch
-    assert charts[1] > 359  # a point for each test image
+    losses, latents, nll = drawn(visit.page)
+    assert losses > 3 * 2  # three panels with a point for each epoch
+    assert latents > 359  # a point for each test image
+    assert 10 < nll < 359  # bars
     images = visit.page.query_selector_all("img")
     assert sorted(Path(image.get_attribute("src")).stem.split("_")[-1] for image in images) == PICTURES
     assert all(image.evaluate("image => image.naturalWidth") > 300 for image in images)
     source = visit.page.content()
     assert all(f"{name} (nats per image)" in source for name in ("loss", "bce", "kld"))
+    assert "−log p(x), nats" in source
     assert visit.complaints == []
     assert visit.left_the_machine() == []
 
@@ -66,9 +67,10 @@ def test_plots_diff_puts_two_versions_side_by_side(pipeline, browser):
     run(pipeline, "dvc", "plots", "diff", "HEAD~1", "HEAD", "-o", "diff")  # the committed results and the tiny ones
     visit = Visit(browser, (pipeline / "diff/index.html").as_uri())
 
-    losses, latents = drawn(visit.page)
+    losses, latents, nll = drawn(visit.page)
     assert losses > 3 * (10 + 2)
     assert latents > 10_000 + 359
+    assert nll > 2 * 10
     assert len(visit.page.query_selector_all("img")) == 2 * len(PICTURES)
     assert visit.complaints == []
     assert visit.left_the_machine() == []

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
+from mnist_vae.training.shared_memory import IS_POSSIBLE
 from tests.distributed.cases import CASES, MEANS
 from tests.pipeline import clone_working_tree, run, set_params
 from tools.clone import ROOT, environment
@@ -94,7 +95,7 @@ def test_a_gradient_is_the_mean_over_processes_also_where_some_read_slowly(fitte
         assert got == pytest.approx([first + step for step in range(MEANS)])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files in memory without a name")
+@pytest.mark.skipif(not IS_POSSIBLE, reason="only under Linux on x86-64")
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_on_one_host_gradients_go_through_shared_memory(fitted, count):
     assert result(fitted[count], "held out")["strategy"] == "SharedMemoryStrategy"
