@@ -54,50 +54,67 @@ def test_document_says_which_rows_have_not_been_run():
     assert "not run yet" in document({"one": Row(**ROW)}, {})
 
 
-def test_document_gives_the_gain_over_another_row_with_its_own_error():
+def test_document_gives_the_difference_between_two_rows_with_its_own_error():
     rows = {"one": Row(**ROW), "two": Row(**ROW | {"table": "Table 2", "compared_with": "one"})}
     text = document(rows, {"one": FOUND, "two": FOUND.model_copy(update={"gain": 0.456, "gain_error": 0.021})})
 
-    assert "- **Table 2** over Table 1: 0.46 ± 0.02 nats\n" in text
-    assert "image by image" not in document(rows, {"one": FOUND, "two": FOUND})
+    assert "- **Table 2**: better than Table 1 by 0.46 ± 0.02\n" in text
+    assert "beside each other" not in document(rows, {"one": FOUND, "two": FOUND})
+
+
+def test_a_difference_in_the_results_is_that_of_the_values_beside_it():
+    results = read_results()
+    for name, row in read_rows().items():
+        if row.compared_with and results[name].gain is not None:
+            assert results[name].gain == pytest.approx(results[row.compared_with].value - results[name].value, abs=1e-4)
 
 
 @pytest.fixture
-def two_experiments(monkeypatch):
-    """The rows "one" and "two", with a table of likelihoods each: the second better by 1, 2, 3 nats on three images."""
-    tables = {"ref/one": "digit,nll\n0,80\n1,90\n2,100\n", "ref/two": "digit,nll\n0,79\n1,88\n2,97\n"}
-    monkeypatch.setattr(papers, "reference", lambda name: f"ref/{name}" if f"ref/{name}" in tables else "")
-    monkeypatch.setattr(papers, "git", lambda _, what: tables[what.removesuffix(":plots/nll.csv")])
+def two_rows(monkeypatch):
+    """The rows "one" and "two", and what git has of their experiments; the second is better by 1, 2 and 3 nats."""
+    files = {"one": "digit,nll\n0,80\n1,90\n2,100\n", "two": "digit,nll\n0,79\n1,88\n2,97\n"}
+    monkeypatch.setattr(papers, "reference", lambda name: f"ref/{name}" if name in files else "")
+    monkeypatch.setattr(papers, "is_current", lambda ref, row: row.differs == "nothing")
+    tables = {f"ref/{name}:plots/nll.csv": name for name in files}
+
+    def git(*words):
+        return files["ls-tree"] if words[0] == "ls-tree" else files[tables[words[-1]]]
+
+    monkeypatch.setattr(papers, "git", git)
+    files["ls-tree"] = "plots/nll.csv"
+    return {name: Row(**ROW) for name in ("one", "two")}, files
 
 
-def test_rows_are_compared_image_by_image(two_experiments):
-    found = papers.compared("ref/two", Row(**ROW | {"compared_with": "one"}))
+def test_rows_are_compared_image_by_image(two_rows):
+    rows, _ = two_rows
+    result = papers.compared(FOUND, "two", "one", rows)
 
-    assert found == {"gain": 2.0, "gain_error": pytest.approx(1 / 3**0.5)}
-
-
-def test_a_row_is_not_compared_with_one_that_has_not_been_run(two_experiments):
-    assert papers.compared("ref/two", Row(**ROW | {"compared_with": "three"})) == {}
-    assert papers.compared("ref/two", Row(**ROW)) == {}
+    assert result.gain == 2.0
+    assert result.gain_error == pytest.approx(1 / 3**0.5)
 
 
-def test_rows_that_are_compared_look_at_the_same_images():
-    rows = read_rows()
-    for row in rows.values():
-        if row.compared_with:
-            of_data = [
-                {key: v for key, v in r.params.items() if key.startswith("data.")}
-                for r in (row, rows[row.compared_with])
-            ]
-            assert of_data[0] == of_data[1]
+@pytest.mark.parametrize("lack", ["experiment", "parameters", "table"])
+def test_a_row_is_not_compared_with_what_is_missing_or_old(two_rows, lack, capsys):
+    rows, files = two_rows
+    if lack == "experiment":
+        del files["one"]
+    elif lack == "parameters":
+        rows["one"] = Row(**ROW | {"differs": "much"})
+    else:
+        files["ls-tree"] = ""
+    result = papers.compared(FOUND.model_copy(update={"gain": 1.0, "gain_error": 1.0}), "two", "one", rows)
+
+    assert (result.gain, result.gain_error) == (None, None)
+    assert 'make papers ROWS="two one"' in capsys.readouterr().out
 
 
-def test_a_row_comes_after_the_one_that_it_is_compared_with():
-    rows = list(read_rows().items())
-    done = set()
-    for name, row in rows:
-        assert row.compared_with is None or row.compared_with in done
-        done.add(name)
+def test_read_rows_refuses_to_compare_likelihoods_of_other_images(tmp_path):
+    (tmp_path / "one.yaml").write_text(json.dumps(ROW))
+    other = {"compared_with": "one", "params": {"data.binarize": "static"}}
+    (tmp_path / "two.yaml").write_text(json.dumps(ROW | other))
+
+    with pytest.raises(SystemExit, match=r"two\.yaml: compared_with: one has other images"):
+        read_rows(tmp_path)
 
 
 def test_read_rows_refuses_a_file_that_is_no_row(tmp_path):

@@ -4,16 +4,18 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from mnist_vae.errors import UserError
+from mnist_vae.training import processes as processes_module
 from mnist_vae.training import shared_memory
 from mnist_vae.training.data_module import CHUNK, Chunks, share_of_each
 from mnist_vae.training.fit import fit
-from mnist_vae.training.processes import Place, ProcessLostError, Share, place, processes
+from mnist_vae.training.processes import Place, Processes, ProcessLostError, Share, place, processes
 from stages.stage import is_first_process
 from tests.training import CONFIG, settings, weights
 
@@ -135,39 +137,57 @@ def test_fit_refuses_to_be_alone_where_several_processes_are_asked_for(images):
 
 @pytest.fixture
 def strategy(monkeypatch):
-    """That of the first of two processes; the other one has come twice, this one once."""
+    """That of the first of two processes, which have both written once."""
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(shared_memory, "LATE_S", 0.1)
     strategy = shared_memory.SharedMemoryStrategy()
-    strategy.arrivals = np.array([1, 2])
+    strategy.arrivals = np.array([1, 1])
     strategy.pids = [os.getpid(), os.getpid()]
     return strategy
 
 
-def test_a_process_goes_on_when_the_others_have_come_as_often(strategy):
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
+def test_a_process_waits_until_the_other_has_written_as_often(strategy, seconds):
+    def write():
+        seen.append(list(strategy.arrivals))
+        strategy.arrivals[1] = 2
+
+    seen = []
+    timer = threading.Timer(seconds, write)
+    timer.start()
     strategy._wait_for_all()
 
     assert list(strategy.arrivals) == [2, 2]
+    assert len(seen) == 1
+    timer.join()
 
 
 @pytest.mark.parametrize("is_reaped", [True, False])
 def test_a_process_that_has_ended_is_not_waited_for(strategy, is_reaped):
-    strategy.arrivals = np.array([2, 2])
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         if is_reaped:
             ended.wait()
         strategy.pids[1] = ended.pid
 
-        with pytest.raises(ProcessLostError, match="has ended"):
+        with pytest.raises(ProcessLostError, match="process 2 of 2 has ended"):
             strategy._wait_for_all()
 
 
-def test_a_process_that_lives_is_not_waited_for_beyond_the_limit(strategy, monkeypatch):
-    strategy.arrivals = np.array([2, 2])
+def test_a_process_that_runs_is_not_waited_for_beyond_the_limit(strategy, monkeypatch):
     monkeypatch.setattr(shared_memory, "ANSWER_S", 0.3)
 
-    with pytest.raises(ProcessLostError, match="does not answer"):
+    with pytest.raises(ProcessLostError, match="process 2 of 2 has not answered for"):
         strategy._wait_for_all()
+
+
+def test_a_lost_process_is_named_where_nothing_else_is_known(monkeypatch):
+    monkeypatch.setattr(processes_module, "REASON_S", 0)
+    group = Processes(settings(devices=2), [])
+
+    named, unknown = (str(group.explain(error)) for error in (ProcessLostError("process 2 has ended"), OSError("gloo")))
+
+    assert named.startswith("process 2 has ended; the training has ended on all hosts")
+    assert unknown.startswith("a process, its host or the network between them is gone; the training has ended")
 
 
 # precision

@@ -28,15 +28,22 @@ from tools.table import table
 ROWS = ROOT / "papers"
 RESULTS = ROWS / "results.json"
 DOCUMENT = ROOT / "docs" / "papers.md"
+NLL = "plots/nll.csv"  # of an experiment
 COLUMNS = ["row", "quantity", "published", "ours", "better by", "their epochs", "our epochs", "our seconds", "made by"]
 INTRODUCTION = """# Published numbers, and ours
 
 Made by `make papers`; do not edit. Each row is one file in [`papers/`](../papers), which has its parameters, and one
 DVC experiment, `papers-` and the file's name; `make papers ROWS=svae-d2` runs one. Values are nats per image on all
 10,000 test images, ± the standard error: of a likelihood over images, of a loss over draws of z. Both sides look at the
-same images, so that two likelihoods differ by less chance than that: the error of a difference between two rows, where
-one is given, is that of the mean of the differences of each image. The seconds are those of the stage train on
+same images, so that two likelihoods differ by less chance than that. The seconds are those of the stage train on
 one core; other work on the machine makes them more."""
+
+COMPARISONS = [
+    "## Rows beside each other",
+    "",
+    "Differences in nats per image, ± the standard error of the mean over images of each image's own difference.",
+    "",
+]
 
 
 class Row(BaseModel):
@@ -60,6 +67,11 @@ class Row(BaseModel):
         """All that is unlike params.yaml. Without MNIST there is no row."""
         return {"data.fallback": None, **self.params}
 
+    @property
+    def images(self) -> dict[str, Any]:
+        """What is said of the data."""
+        return {name: value for name, value in self.params.items() if name.startswith("data.")}
+
 
 class Result(BaseModel):
     """What an experiment gave."""
@@ -70,7 +82,7 @@ class Result(BaseModel):
     seconds: float | None = None  # of training; None where DVC's cache had the model already
     processor: str
     commit: str
-    gain: float | None = None  # mean over images of the other row's nll less this one's, nats
+    gain: float | None = None  # mean over images of the nll in the row compared with, less that in this one, nats
     gain_error: float | None = None  # its standard error
 
 
@@ -90,6 +102,8 @@ def read_rows(folder: Path = ROWS) -> dict[str, Row]:
     for name, row in rows.items():
         if row.compared_with not in {None, *rows} - {name}:
             sys.exit(f"papers: {folder / name}.yaml: compared_with: no other row is called {row.compared_with}")
+        elif row.compared_with and row.images != rows[row.compared_with].images:
+            sys.exit(f"papers: {folder / name}.yaml: compared_with: {row.compared_with} has other images")
 
     def order(item: tuple[str, Row]) -> tuple[str, int, bool]:
         row = item[1]
@@ -152,17 +166,25 @@ def result(name: str, row: Row) -> Result:
         seconds=training_seconds(name),
         processor=processor(),
         commit=git("rev-parse", "--short", f"{ref}^").strip(),
-        **compared(ref, row),
     )
 
 
-def compared(ref: str, row: Row) -> dict[str, float]:
-    """How much better the same images fare than in the row that this one is compared with, if that has been run."""
-    if not row.compared_with or not (other := reference(row.compared_with)):
-        return {}
-    ours, theirs = (pd.read_csv(StringIO(git("show", f"{of}:plots/nll.csv")))["nll"] for of in (ref, other))
-    gains = theirs - ours
-    return {"gain": gains.mean(), "gain_error": gains.sem()}
+def compared(result: Result, name: str, other: str, rows: dict[str, Row]) -> Result:
+    """A row's result with how much lower the nll of the same images is than in another row."""
+    nll, others_nll = (likelihoods(one, rows[one]) for one in (name, other))
+    if nll is None or others_nll is None:
+        print(f'papers: {name} and {other} are compared once both are run: make papers ROWS="{name} {other}"')
+        return result.model_copy(update={"gain": None, "gain_error": None})
+    gains = others_nll - nll
+    return result.model_copy(update={"gain": gains.mean(), "gain_error": gains.sem()})
+
+
+def likelihoods(name: str, row: Row) -> pd.Series | None:
+    """The nll of each test image by a row's experiment; None without one that is current and has this table."""
+    ref = reference(name)
+    if not ref or not is_current(ref, row) or not git("ls-tree", "--name-only", ref, NLL):
+        return None
+    return pd.read_csv(StringIO(git("show", f"{ref}:{NLL}")))["nll"]
 
 
 def training_seconds(name: str) -> float | None:
@@ -196,11 +218,11 @@ def document(rows: dict[str, Row], results: dict[str, Result]) -> str:
             cells += ["not run yet", "", theirs, str(row.params.get("train.epochs", "")), "", ""]
         lines.append(cells)
     gains = [
-        f"- **{row.table}** over {rows[row.compared_with].table}: {found.gain:.2f} ± {found.gain_error:.2f} nats"
+        f"- **{row.table}**: better than {rows[row.compared_with].table} by {found.gain:.2f} ± {found.gain_error:.2f}"
         for name, row in rows.items()
         if row.compared_with and (found := results.get(name)) and found.gain is not None
     ]
-    image_by_image = "\n".join(["## Better, image by image", "", *gains]) + "\n\n" if gains else ""
+    image_by_image = "\n".join([*COMPARISONS, *gains, "", ""]) if gains else ""
     differences = "\n".join(f"- **{row.source}, {row.table}**: {row.differs}." for row in rows.values())
     return f"{INTRODUCTION}\n\n{table(COLUMNS, lines)}\n\n{image_by_image}## What differs\n\n{differences}\n"
 
@@ -221,6 +243,9 @@ def main() -> None:
             if not ref or not is_current(ref, rows[name]):
                 run(name, rows[name])
             results = {**read_results(), name: result(name, rows[name])}
+            for one, row in rows.items():  # a comparison is as new as both its rows
+                if row.compared_with and one in results and name in (one, row.compared_with):
+                    results[one] = compared(results[one], one, row.compared_with, rows)
             write_json(RESULTS, {name: found.model_dump(exclude_none=True) for name, found in sorted(results.items())})
             write_text(DOCUMENT, document(rows, results))
             print(f"papers: {name}: {results[name].value:.2f}")

@@ -226,9 +226,11 @@ class Processes:
             time.sleep(POLL_S)
         if reason:
             self._tell(reason)  # it may be known on this host only
+        unknown = "a process, its host or the network between them is gone"
+        reason = reason or (str(error) if isinstance(error, ProcessLostError) else unknown)
         return ProcessLostError(
-            f"{reason or 'a process, its host or the network between them is gone'}; the training has ended on all "
-            "hosts; the next start goes on from the last finished epoch, with as many processes as you like"
+            f"{reason}; the training has ended on all hosts; the next start goes on from the last finished epoch, with "
+            "as many processes as you like"
         )
 
     def end(self) -> None:

@@ -1,7 +1,8 @@
 """The mean gradient of the processes of one host, through memory that they share.
 
-gloo would send the gradients of all weights through sockets after each mini-batch, and the word that everybody has
-written, which alone takes longer than the averaging.
+gloo would send the gradients of all weights through sockets after each mini-batch, and its barrier alone takes longer
+than the averaging. Here each process writes its gradients into shared memory, counts there how often it has written,
+and waits until the others have written as often.
 """
 
 import os
@@ -15,11 +16,11 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from mnist_vae.training.processes import ANSWER_S, ProcessLostError
+from mnist_vae.training.processes import ANSWER_S, POLL_S, ProcessLostError
 
-# x86-64 lets nobody see a later write before an earlier one: whoever sees a count sees what was written before it.
+# x86-64 shows the writes of one process to the others in their order: who sees a count sees the gradients before it.
 IS_POSSIBLE = sys.platform == "linux" and platform.machine() == "x86_64"
-LATE_S = 1  # of waiting for a process before asking whether it still runs
+LATE_S = 1  # of looking at the counts without a pause; then, from time to time, also whether all processes still run
 
 
 class SharedMemoryStrategy(DDPStrategy):
@@ -57,20 +58,30 @@ class SharedMemoryStrategy(DDPStrategy):
             weight.grad = part.view_as(weight)
 
     def _wait_for_all(self) -> None:
-        """Until each process has written as often as this one."""
-        self.arrivals[dist.get_rank()] = own = self.arrivals[dist.get_rank()] + 1
+        """Count that this process has written, and wait until all have written as often.
+
+        Raises:
+            ProcessLostError: another process has ended, or has not come for ANSWER_S seconds.
+        """
+        own = self.arrivals[dist.get_rank()] + 1
+        self.arrivals[dist.get_rank()] = own
         since = time.monotonic()
         while self.arrivals.min() < own:
-            os.sched_yield()  # there may be fewer cores than processes
             seconds = time.monotonic() - since
-            if seconds > LATE_S and any(map(has_ended, self.pids)):
-                raise ProcessLostError("a process of this host has ended")
+            if seconds < LATE_S:
+                os.sched_yield()  # there may be fewer cores than processes
+                continue
+            for number, pid in enumerate(self.pids, 1):
+                if has_ended(pid):
+                    raise ProcessLostError(f"process {number} of {len(self.pids)} has ended")
             if seconds > ANSWER_S:
-                raise ProcessLostError("a process of this host does not answer")
+                late = int(self.arrivals.argmin()) + 1
+                raise ProcessLostError(f"process {late} of {len(self.pids)} has not answered for {ANSWER_S} s")
+            time.sleep(POLL_S)
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process of this host is no more, or only waits for whoever started it to hear of its end."""
+    """Whether a process has ended; a zombie has, too, though its parent has not heard of it."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
