@@ -82,8 +82,7 @@ class Result(BaseModel):
     seconds: float | None = None  # of training; None where DVC's cache had the model already
     processor: str
     commit: str
-    gain: float | None = None  # mean over images of the nll in the row compared with, less that in this one, nats
-    gain_error: float | None = None  # its standard error
+    gain_error: float | None = None  # standard error of the mean, over images, of what the row compared with has more
 
 
 def read_rows(folder: Path = ROWS) -> dict[str, Row]:
@@ -169,14 +168,13 @@ def result(name: str, row: Row) -> Result:
     )
 
 
-def compared(result: Result, name: str, other: str, rows: dict[str, Row]) -> Result:
-    """A row's result with how much lower the nll of the same images is than in another row."""
+def gain_error(name: str, other: str, rows: dict[str, Row]) -> float | None:
+    """The standard error of how much lower a row's nll is than another one's, which have the same images."""
     nll, others_nll = (likelihoods(one, rows[one]) for one in (name, other))
     if nll is None or others_nll is None:
         print(f'papers: {name} and {other} are compared once both are run: make papers ROWS="{name} {other}"')
-        return result.model_copy(update={"gain": None, "gain_error": None})
-    gains = others_nll - nll
-    return result.model_copy(update={"gain": gains.mean(), "gain_error": gains.sem()})
+        return None
+    return float((others_nll - nll).sem())
 
 
 def likelihoods(name: str, row: Row) -> pd.Series | None:
@@ -218,9 +216,9 @@ def document(rows: dict[str, Row], results: dict[str, Result]) -> str:
             cells += ["not run yet", "", theirs, str(row.params.get("train.epochs", "")), "", ""]
         lines.append(cells)
     gains = [
-        f"- **{row.table}**: better than {rows[row.compared_with].table} by {found.gain:.2f} ± {found.gain_error:.2f}"
+        f"- **{row.table}**: better than {rows[other].table} by {results[other].value - found.value:.2f} ± {error:.2f}"
         for name, row in rows.items()
-        if row.compared_with and (found := results.get(name)) and found.gain is not None
+        if (other := row.compared_with) in results and (found := results.get(name)) and (error := found.gain_error)
     ]
     image_by_image = "\n".join([*COMPARISONS, *gains, "", ""]) if gains else ""
     differences = "\n".join(f"- **{row.source}, {row.table}**: {row.differs}." for row in rows.values())
@@ -245,7 +243,8 @@ def main() -> None:
             results = {**read_results(), name: result(name, rows[name])}
             for one, row in rows.items():  # a comparison is as new as both its rows
                 if row.compared_with and one in results and name in (one, row.compared_with):
-                    results[one] = compared(results[one], one, row.compared_with, rows)
+                    error = gain_error(one, row.compared_with, rows)
+                    results[one] = results[one].model_copy(update={"gain_error": error})
             write_json(RESULTS, {name: found.model_dump(exclude_none=True) for name, found in sorted(results.items())})
             write_text(DOCUMENT, document(rows, results))
             print(f"papers: {name}: {results[name].value:.2f}")

@@ -37,7 +37,7 @@ SMALL = {
 TRAIN = (sys.executable, "-m", "stages", "train")
 TIME_LIMIT_S = 240
 MINUTE_S = 60
-ON_ONE_HOST = pytest.mark.skipif(not IS_POSSIBLE, reason="only under Linux on x86-64")
+WHERE_MEMORY_IS_SHARED = pytest.mark.skipif(not IS_POSSIBLE, reason="only under Linux on x86-64")
 
 
 # the same training
@@ -87,7 +87,7 @@ def test_all_processes_end_with_the_same_history_and_only_the_first_logs_it(fitt
             assert other["weights"] == first["weights"]
 
 
-@ON_ONE_HOST
+@WHERE_MEMORY_IS_SHARED
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_a_gradient_is_the_mean_over_processes_also_where_some_read_slowly(fitted, count):
     first = sum(rank**2 for rank in range(count)) / count
@@ -97,7 +97,7 @@ def test_a_gradient_is_the_mean_over_processes_also_where_some_read_slowly(fitte
         assert got == pytest.approx([first + step for step in range(MEANS)])
 
 
-@ON_ONE_HOST
+@WHERE_MEMORY_IS_SHARED
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_on_one_host_gradients_go_through_shared_memory(fitted, count):
     assert result(fitted[count], "held out")["strategy"] == "SharedMemoryStrategy"
