@@ -55,8 +55,11 @@ class Seen(L.Callback):
 MEANS = 10  # mini-batches
 
 
-def means(rank: int) -> list[float]:
-    """What a process gets for its gradients rank², rank² + 1, …, where the later ones read more slowly."""
+def means(rank: int) -> dict[str, Any]:
+    """What a process gets for its gradients rank², rank² + 1, …, where the later ones read more slowly.
+
+    And for sums of such numbers, fewer and more of them than there are gradients.
+    """
     module = L.LightningModule()
     module.weight = nn.Parameter(torch.zeros(3))
     strategy = SharedMemoryStrategy()
@@ -73,7 +76,9 @@ def means(rank: int) -> list[float]:
         module.weight.grad = torch.full((3,), float(rank**2 + step))
         strategy.post_backward(torch.zeros(()))
         got.append(float(module.weight.grad.unique()))
-    return got
+    fewer, more = (torch.full((2, half), float(rank**2)) for half in (1, 2))
+    sums = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, more, fewer)]
+    return {"means": got, "sums": [total.tolist() for total in sums]}
 
 
 def main(count: int, images: Path, folder: Path) -> None:

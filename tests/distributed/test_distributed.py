@@ -90,11 +90,12 @@ def test_all_processes_end_with_the_same_history_and_only_the_first_logs_it(fitt
 @WHERE_MEMORY_IS_SHARED
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_a_gradient_is_the_mean_over_processes_also_where_some_read_slowly(fitted, count):
-    first = sum(rank**2 for rank in range(count)) / count
+    total = sum(rank**2 for rank in range(count))
 
     for rank in range(count):
         got = json.loads((fitted[count] / f"means, {rank}.json").read_text())
-        assert got == pytest.approx([first + step for step in range(MEANS)])
+        assert got["means"] == pytest.approx([total / count + step for step in range(MEANS)])
+        assert got["sums"] == [[[total]] * 2, [[total] * 2] * 2, [[total]] * 2]
 
 
 @WHERE_MEMORY_IS_SHARED

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from typing import Any
 
 import psutil
 import torch
@@ -31,7 +32,7 @@ class SharedMemoryStrategy(DDPStrategy):
         assert self.lightning_module is not None
         self.weights = [*self.lightning_module.parameters()]
         count, processes = sum(weight.numel() for weight in self.weights), dist.get_world_size()
-        self.mean = torch.empty(count)
+        self.total = torch.empty(count)
         self.memory = shared_memory(2 * processes * count, torch.float32).view(2, processes, count)
         self.turn = 0
         self.arrivals = shared_memory(processes, torch.int64).numpy()  # how often each process has written
@@ -44,18 +45,36 @@ class SharedMemoryStrategy(DDPStrategy):
         Raises:
             ProcessLostError: another process has ended, or has not come for ANSWER_S seconds.
         """
-        # Two halves take turns, so that one wait is enough: when all have written to one, all have read the other.
-        places = self.memory[self.turn]  # (processes, weights)
-        self.turn = 1 - self.turn
         gradients = [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
-        torch.cat(gradients, out=places[dist.get_rank()])
-        self._wait_for_all()
-        torch.add(places[0], places[1], out=self.mean)  # in the same order in all; mean(dim=0) takes twice as long
-        for place in places[2:]:
-            self.mean.add_(place)
-        self.mean.div_(len(places))
-        for weight, part in zip(self.weights, self.mean.split([part.numel() for part in gradients]), strict=True):
+        mean = self._sum(gradients, self.total).div_(dist.get_world_size())
+        for weight, part in zip(self.weights, mean.split([part.numel() for part in gradients]), strict=True):
             weight.grad = part.view_as(weight)
+
+    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
+        """The sum of a tensor over all processes, in shared memory where it fits.
+
+        Raises:
+            ProcessLostError: another process has ended, or has not come for ANSWER_S seconds.
+        """
+        if reduce_op != "sum" or tensor.numel() > len(self.total):
+            return super().reduce(tensor, group, reduce_op)
+        return self._sum([tensor.flatten()], torch.empty(tensor.numel())).view_as(tensor)
+
+    def _sum(self, parts: list[Tensor], total: Tensor) -> Tensor:
+        """``total``, filled with the sum over all processes of what the parts (n,) are when laid side by side.
+
+        Raises:
+            ProcessLostError: another process has ended, or has not come for ANSWER_S seconds.
+        """
+        # Two halves take turns, so that one wait is enough: when all have written to one, all have read the other.
+        places = self.memory[self.turn, :, : len(total)]  # (processes, n)
+        self.turn = 1 - self.turn
+        torch.cat(parts, out=places[dist.get_rank()])
+        self._wait_for_all()
+        torch.add(places[0], places[1], out=total)  # in the same order in all; sum(dim=0) takes twice as long
+        for place in places[2:]:
+            total.add_(place)
+        return total
 
     def _wait_for_all(self) -> None:
         """Count that this process has written, and wait until all have written as often.
