@@ -175,6 +175,16 @@ def test_flush_artifacts_has_every_file_and_folder_on_the_disk(store, workspace,
     wanted = [folder / "artifacts/plots/grid.png", folder / "artifacts/plots", folder / "artifacts", folder]
     assert {*wanted, folder.parent, workspace / "mlruns", workspace} <= set(flushed)
 
+    for name in ("grid.png", "samples.png"):  # what is there already, again; then another file
+        file = file.rename(tmp_path / name)
+        flushed.clear()
+        store.client.log_artifact(run_id, str(file), "plots")
+        store.flush_artifacts(f"{store.artifacts}/{run_id}")
+
+        assert folder / "artifacts/plots" / name in flushed
+    assert folder / "artifacts/plots" in flushed
+    assert folder / "artifacts/plots/grid.png" not in flushed  # else the work grows with the number of epochs
+
 
 def test_flush_artifacts_leaves_a_servers_artifacts_to_it(store, monkeypatch):
     monkeypatch.setattr(module, "flush_to_disk", pytest.fail)
@@ -189,6 +199,7 @@ def test_images_lie_in_one_folder_with_their_step_once_however_often_they_are_to
         png.write_bytes(to_png(np.full((56, 84), step, np.uint8)))
         store.log_image(run_id, png, "samples", step, 1000)
         store.log_image(run_id, png, "samples", step, 2000)  # another journal of the same training has another time
+        module.Store(workspace).log_image(run_id, png, "samples", step, 3000)  # another sender has seen none of them
 
     names = [name for name in artifacts(workspace, run_id) if name.startswith("images/")]
     assert len(names) == 6

@@ -52,6 +52,8 @@ class Store:
             UserError: it does not open; no password is in the message.
         """
         self.workspace, self.uri = workspace, tracking_uri(workspace)
+        self._frames: dict[str, dict[str, str]] = {}  # by run: names of files, by key and step
+        self._flushed: set[tuple[Path, int]] = set()  # what the disk holds, by path and when it was last written
         given = os.environ.get("MLFLOW_TRACKING_URI")
         self.database = database_of(workspace)
         try:
@@ -170,17 +172,19 @@ class Store:
         """
         from PIL import Image
 
-        frame = f"{key}+step+{step}+timestamp+"
-        full, small = ".png", "+compressed.webp"
-        names = (Path(artifact.path).name for artifact in self.client.list_artifacts(run_id, "images"))
-        stems = (name.removesuffix(small).removesuffix(full) for name in names if name.startswith(frame))
-        stem = next(stems, f"{frame}{at}+{png.parent.name}")
+        mark, full, small = "+timestamp+", ".png", "+compressed.webp"
+        if run_id not in self._frames:
+            names = (Path(artifact.path).name for artifact in self.client.list_artifacts(run_id, "images"))
+            stems = (name.removesuffix(small).removesuffix(full) for name in names)
+            self._frames[run_id] = {stem.partition(mark)[0]: stem for stem in stems}
+            self.set_tags(run_id, {"mlflow.loggedImages": "True"})
+        frame = f"{key}+step+{step}"
+        stem = self._frames[run_id].setdefault(frame, f"{frame}{mark}{at}+{png.parent.name}")
         with TemporaryDirectory() as scratch, Image.open(png) as image:
             for suffix in (full, small):
                 file = Path(scratch, stem + suffix)
                 image.save(file)
                 self.client.log_artifact(run_id, str(file), "images")
-        self.set_tags(run_id, {"mlflow.loggedImages": "True"})
 
     def log_dataset(self, run_id: str, about: Mapping[str, Any]) -> None:
         """Record what was trained on, searchable by name and digest."""
@@ -199,8 +203,10 @@ class Store:
         folder = Path(unquote(urlsplit(location).path))
         if location.startswith("file:") and folder.is_dir():
             above = (parent for parent in folder.parents if parent.is_relative_to(self.workspace))
-            for path in (*folder.rglob("*"), folder, *above):
+            files = {(path, path.stat().st_ctime_ns) for path in folder.rglob("*")}
+            for path in (*(path for path, _ in files - self._flushed), folder, *above):
                 flush_to_disk(path)
+            self._flushed |= files
 
     def end_run(self, run_id: str, status: str, reason: str, at: int) -> None:
         """Say how a run ended, and why if not well; one that has this status already keeps its time."""
