@@ -94,9 +94,9 @@ def pipeline(
 
     train, x_train, clock = settings(**{"accelerator": "cpu", **changes}), training_images(images), EpochClock()
     with processes(train, [sys.executable, "-m", "benchmarks.worker", *sys.argv[1:]]) as group, ExitStack() as stack:
-        arguments: dict[str, Any] = {"callbacks": []}  # of all processes but the first
-        if group.place.rank == 0:
-            arguments = stack.enter_context(keeping(train.seed, workspace)) if kept else leaving()
+        arguments: dict[str, Any] = {"callbacks": [] if kept else [without_checkpoints()]}
+        if kept and group.place.rank == 0:
+            arguments = stack.enter_context(keeping(train.seed, workspace))
         arguments["callbacks"].append(clock)
         group.join({})
         trained = fit(x_train, VAEConfig(), train, **arguments)
@@ -134,11 +134,6 @@ def keeping(seed: int, workspace: str | None = None) -> Iterator[dict[str, Any]]
         session.end("FINISHED")
         if workspace is None and (reason := session.outcome.get("reason")):
             raise RuntimeError(f"MLflow has not received everything: {reason}")
-
-
-def leaving() -> dict[str, Any]:
-    """What ``fit`` needs so that nothing is kept."""
-    return {"callbacks": [without_checkpoints()]}
 
 
 def without_checkpoints() -> Any:
