@@ -31,7 +31,7 @@ run: $(READY) ## run the pipeline: data, training, evaluation, pictures
 	@echo "Pictures: plots/grid.png, plots/samples.png. Next: make plots, make ui."
 
 test: $(READY) ## run all tests but those of the next targets
-	@python -m pytest --numprocesses 2 --dist loadfile -m "not faults and not shared and not distributed and not processors"
+	@python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not faults and not shared and not distributed and not processors"
 
 test-fast: $(READY) ## run the tests that take seconds
 	@python -m pytest -m "not slow and not faults and not shared and not distributed and not processors"
@@ -40,7 +40,7 @@ test-faults: $(READY) ## inject every fault of docs/reliability.md (FAULTS=12 ta
 	@FAULTS=$(FAULTS) python -m pytest tests/faults --numprocesses 2
 
 test-shared: $(READY) ## test what is shared, with PostgreSQL, a tracking server and S3 on this machine
-	@python -m pytest --numprocesses 2 --dist loadfile -m shared
+	@python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m shared
 
 test-sweep: $(READY) ## sweep over three workers and a server, one worker killed, and the driver too (SWEEP_EXPERIMENTS=24)
 	@SWEEP_EXPERIMENTS=$(or $(SWEEP_EXPERIMENTS),24) python -m pytest tests/test_sweep_cluster.py --timeout 3600
