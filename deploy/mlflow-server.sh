@@ -7,8 +7,9 @@
 # It takes PostgreSQL's own PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE (by default the database mlflow of the local
 # cluster, by the socket) and MLflow's own settings (`mlflow server --help`), among them
 #   MLFLOW_HOST, MLFLOW_PORT         127.0.0.1 and 5000 by default: put a proxy with TLS in front for other machines
-#   MLFLOW_SERVER_ALLOWED_HOSTS      the names by which others reach it: mlflow.example.org:*,127.0.0.1:*
-#   MLFLOW_ARTIFACTS_DESTINATION     a folder or s3://bucket/path; by default ./mlartifacts
+#   MLFLOW_SERVER_ALLOWED_HOSTS      the names by which it is called, with and without a port:
+#                                    mlflow.example.org,mlflow.example.org:*,127.0.0.1:*
+#   MLFLOW_ARTIFACTS_DESTINATION     a folder, or s3://bucket/path with boto3; by default ./mlartifacts
 #   MLFLOW_WORKERS                   processes, 4 by default
 # See docs/sharing.md.
 set -eu

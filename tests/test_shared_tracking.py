@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import requests
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
@@ -24,6 +25,7 @@ from tests.tracking import run as program
 from tools.deployment import SERVER, postgres_program, postgresql, psql, tracking_server
 
 NEEDED = ("flask_wtf", "psycopg")  # pip install '.[server]'
+ALLOWED_HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 SECRETS = {"MLFLOW_AUTH_ADMIN_PASSWORD": "correct horse battery", "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key"}
 
 
@@ -34,8 +36,14 @@ def server(tmp_path_factory):
         pytest.skip("needs PostgreSQL (Debian: postgresql)")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs the Python packages {', '.join(missing)} (the extra server)")
-    with postgresql(safe=False) as database, tracking_server(tmp_path_factory.mktemp("server"), database) as server:
+    folder, hosts = tmp_path_factory.mktemp("server"), {ALLOWED_HOSTS: documented(ALLOWED_HOSTS)}
+    with postgresql(safe=False) as database, tracking_server(folder, database, **hosts) as server:
         yield server
+
+
+def documented(variable: str) -> str:
+    """The value that docs/sharing.md gives a variable."""
+    return re.search(rf"`{variable}=(\S+)`", (REPOSITORY / "docs/sharing.md").read_text())[1]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,18 @@ def test_the_compose_file_starts_the_same_server_with_secrets_from_outside():
     for name, value in {**server["environment"], **database["environment"]}.items():
         if "PASSWORD" in name or "SECRET" in name:
             assert re.fullmatch(r"\$\{\w+:\?.+\}", value), name
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("host", "status"), [("mlflow.example.org", 200), ("mlflow.example.org:8443", 200), ("other.example.org", 403)]
+)
+def test_the_server_answers_to_the_names_that_it_was_given_only(server, ada, host, status):
+    who = (ada["MLFLOW_TRACKING_USERNAME"], ada["MLFLOW_TRACKING_PASSWORD"])
+
+    answer = requests.get(f"{server.uri}/api/2.0/mlflow/users/current", auth=who, headers={"Host": host}, timeout=30)
+
+    assert answer.status_code == status
 
 
 # runs

@@ -107,10 +107,12 @@ class TrackingServer:
 
 
 @contextlib.contextmanager
-def tracking_server(folder: Path, database: dict[str, str], workers: int = 2) -> Iterator[TrackingServer]:
+def tracking_server(
+    folder: Path, database: dict[str, str], workers: int = 2, **settings: str
+) -> Iterator[TrackingServer]:
     """deploy/mlflow-server.sh over a database, with its artifacts in ``folder``, until the end of the context."""
     port, password = free_port(), secrets.token_urlsafe()
-    settings = {
+    settings |= {
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
         "MLFLOW_PORT": str(port),
