@@ -1,6 +1,8 @@
 """Open MLflow's page on the runs of this project.
 
 python -m tools.ui          `make ui`: serves this folder's store on 127.0.0.1, for this machine alone
+
+Where MLFLOW_TRACKING_URI names a server, its page is opened instead.
 """
 
 import os
@@ -17,16 +19,22 @@ HOST, PORT = "127.0.0.1", 5000
 
 def main() -> None:
     from mnist_vae.errors import UserError
-    from mnist_vae.tracking.store import Store
+    from mnist_vae.tracking.store import Store, redact
 
     try:
         store = Store(Path.cwd())  # made where there is none, before MLflow's server would make one
     except UserError as error:
         sys.exit(f"ui: {error}")
+    page = f"/#/experiments/{store.experiment}/runs"
+    if store.uri.startswith("http"):
+        address = redact(store.uri.rstrip("/")) + page
+        print(f"The runs of this project: {address}", flush=True)
+        webbrowser.open(address)
+        return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, PORT)) == 0:
             sys.exit(f"ui: something already serves http://{HOST}:{PORT}; open it, or end it first")
-    address = f"http://{HOST}:{PORT}/#/experiments/{store.experiment}/runs"
+    address = f"http://{HOST}:{PORT}{page}"
     print(f"The runs of this project: {address}   (Ctrl-C ends the server)", flush=True)
     threading.Thread(target=open_when_ready, args=[address], daemon=True).start()
     command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", HOST, "--port", str(PORT)]
