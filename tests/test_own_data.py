@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mnist_vae.errors import UserError
-from mnist_vae.sources.folder import IDX_FILES, read_folder
+from mnist_vae.evaluation.sample_quality import NEIGHBOURS
+from mnist_vae.sources.folder import FEWEST, IDX_FILES, read_folder
 
 GENERATOR = np.random.default_rng(0)
 ARRAYS = {
@@ -106,7 +107,13 @@ def test_labels_may_be_whole_numbers_of_any_type(folder):
         ({"x_train": ARRAYS["x_train"].reshape(30, 784)}, "it holds uint8 of shape (30, 784)"),
         ({"x_train": ARRAYS["x_train"] / 255}, "it holds float64 of shape (30, 28, 28)"),
         ({"x_train": ARRAYS["x_train"].astype(np.uint16)}, "it holds uint16; pixels are 0 to 255, as uint8"),
-        ({"x_test": ARRAYS["x_test"][:0]}, "cannot be read as uint8 images (N, 28, 28)"),
+        ({"x_test": ARRAYS["x_test"][:0]}, "cannot be read as uint8 images (N, 28, 28): it holds 0, and"),
+        ({"x_train": ARRAYS["x_train"][:5]}, "it holds 5, and evaluation needs at least 6"),
+        ({"y_train": ARRAYS["y_train"][:0]}, "30 train images with 0 labels"),
+        (
+            {"y_train": np.full(30, 3)},
+            "all training labels are 3, which tells nothing apart; leave out both label files",
+        ),
         ({"x_test": np.array([print])}, "cannot be read as uint8 images (N, 28, 28)"),
         ({"y_train": ARRAYS["y_train"][:29]}, "30 train images with 29 labels"),
         ({"y_train": ARRAYS["y_train"] + 1.0}, "cannot be read as whole numbers (N,): it holds float64"),
@@ -118,6 +125,18 @@ def test_a_folder_of_something_else_is_refused_in_one_line(folder, changes, mess
     write_npy(folder, **changes)
 
     assert message in refusal(folder)
+
+
+def test_an_archive_of_arrays_is_refused(folder):
+    write_npy(folder, x_train=None)
+    with (folder / "x_train.npy").open("wb") as file:
+        np.savez(file, ARRAYS["x_train"])
+
+    assert "it is an archive of arrays, as of np.savez, not one array" in refusal(folder)
+
+
+def test_the_fewest_images_are_those_that_evaluation_can_compare():
+    assert FEWEST == NEIGHBOURS + 1
 
 
 def test_a_missing_folder_is_named(folder):

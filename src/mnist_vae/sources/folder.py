@@ -25,14 +25,15 @@ IDX_FILES = {
     "x_test": "t10k-images-idx3-ubyte",
     "y_test": "t10k-labels-idx1-ubyte",
 }
+FEWEST = 6  # images of either kind: evaluation looks at the 5 nearest neighbours of each
 
 
 def read_folder(folder: Path, scratch: Path) -> Dataset:
     """The images of a folder, and their labels where it has any; ``scratch`` is a folder for what must be unpacked.
 
     Raises:
-        UserError: the folder or a file is missing, or a file holds something else than 28 × 28 uint8 images, or labels
-            from 0 to 9, as many as images.
+        UserError: the folder or a file is missing, or a file holds something else than FEWEST or more 28 × 28 uint8
+            images, or labels from 0 to 9, as many as images, of more than one digit.
     """
     where = f"data.dataset: {folder}"
     try:
@@ -54,6 +55,11 @@ def read_folder(folder: Path, scratch: Path) -> Dataset:
         check_labels(dataset)
     except ValueError as error:
         raise UserError(f"{where}: {error}; without files of labels the images are taken as they are") from error
+    if "y_train" in arrays and arrays["y_train"].min() == arrays["y_train"].max():
+        digit = arrays["y_train"][0]
+        raise UserError(
+            f"{where}: all training labels are {digit}, which tells nothing apart; leave out both label files"
+        )
     return dataset
 
 
@@ -69,14 +75,16 @@ def _read(file: Path, array: str, scratch: Path) -> Images:
     wanted = "uint8 images (N, 28, 28)" if side else "whole numbers (N,)"
     try:
         found = np.load(file, mmap_mode="r") if file.suffix == ".npy" else _read_idx(file, len(side) + 1, scratch)
+        if not isinstance(found, np.ndarray):
+            raise TypeError("it is an archive of arrays, as of np.savez, not one array")
         if found.ndim != len(side) + 1 or found.shape[1:] != side or found.dtype.kind not in ("u" if side else "ui"):
             raise ValueError(f"it holds {found.dtype} of shape {found.shape}")
-        if not len(found):
-            raise ValueError("it holds nothing")
+        if side and len(found) < FEWEST:
+            raise ValueError(f"it holds {len(found)}, and evaluation needs at least {FEWEST}")
         if side and found.dtype != np.uint8:
             raise ValueError(f"it holds {found.dtype}; pixels are 0 to 255, as uint8")
         return found.view(np.ndarray) if side else _labels(found)
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+    except (OSError, EOFError, TypeError, ValueError, OverflowError, zlib.error) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
         raise UserError(f"data.dataset: {file} cannot be read as {wanted}: {reason}") from error
 
