@@ -7,7 +7,7 @@ from ruamel.yaml import YAML
 
 from mnist_vae.params import Params
 from tools import papers
-from tools.papers import DOCUMENT, ROOT, Result, Row, document, in_yaml, read_results, read_rows
+from tools.papers import DOCUMENT, ROOT, Result, Row, document, in_yaml, read_results, read_rows, where_made
 
 ROW = {
     "source": "Somebody (2020)",
@@ -132,6 +132,14 @@ def test_main_refuses_a_row_that_is_not_there(monkeypatch):
 @pytest.mark.parametrize(("value", "text"), [([256, 128], "[256,128]"), (None, "null"), (0.003, "0.003"), ("a", "a")])
 def test_in_yaml_writes_a_value_as_dvc_reads_it(value, text):
     assert in_yaml(value) == text
+
+
+def test_a_row_that_is_not_run_again_keeps_where_it_was_made():
+    elsewhere = FOUND.model_copy(update={"processor": "another one", "seconds": 7.0, "gain_error": 0.1})
+
+    assert where_made(FOUND, elsewhere) == FOUND.model_copy(update={"processor": "another one", "seconds": 7.0})
+    assert where_made(FOUND, None) == FOUND
+    assert where_made(FOUND, elsewhere.model_copy(update={"commit": "0123456"})) == FOUND
 
 
 def test_document_gives_no_seconds_of_a_training_that_came_from_dvcs_cache():

@@ -34,9 +34,9 @@ INTRODUCTION = """# Published numbers, and ours
 
 Made by `make papers`; do not edit. Each row is one file in [`papers/`](../papers), which has its parameters, and one
 DVC experiment, `papers-` and the file's name; `make papers ROWS=svae-d2` runs one. Values are nats per image on all
-10,000 test images, ± the standard error: of a likelihood over images, of a loss over draws of z. Both sides look at the
-same images, so that two likelihoods differ by less chance than that. The seconds are those of the stage train on
-one core; other work on the machine makes them more."""
+10,000 test images, ± the standard error: of a likelihood over images, of a loss over draws of z. Theirs and ours are
+measured on the same images, so chance moves their difference by less than these errors say. The seconds are those of
+the stage train on one core; other work on the machine makes them more."""
 
 COMPARISONS = [
     "## Rows beside each other",
@@ -168,6 +168,13 @@ def result(name: str, row: Row) -> Result:
     )
 
 
+def where_made(found: Result, known: Result | None) -> Result:
+    """A result that was not made now, with the processor and the seconds that are on record for its commit."""
+    if known is None or known.commit != found.commit:
+        return found
+    return found.model_copy(update={"processor": known.processor, "seconds": known.seconds})
+
+
 def gain_error(name: str, other: str, rows: dict[str, Row]) -> float | None:
     """The standard error of how much lower a row's nll is than another one's, which have the same images."""
     nll, others_nll = (likelihoods(one, rows[one]) for one in (name, other))
@@ -238,9 +245,12 @@ def main() -> None:
     try:
         for name in sys.argv[1:] or rows:
             ref = reference(name)
+            results = read_results()
+            known = results.get(name)
             if not ref or not is_current(ref, rows[name]):
                 run(name, rows[name])
-            results = {**read_results(), name: result(name, rows[name])}
+                known = None
+            results[name] = where_made(result(name, rows[name]), known)
             for one, row in rows.items():  # a comparison is as new as both its rows
                 if row.compared_with and one in results and name in (one, row.compared_with):
                     error = gain_error(one, row.compared_with, rows)
