@@ -72,7 +72,7 @@ plots: $(READY) ## open the page of charts and pictures
 	@dvc plots show
 	@python -m webbrowser "file://$(CURDIR)/dvc_plots/index.html" >/dev/null || echo "Open that page in a browser."
 
-bench: $(READY) ## measure speed for benchmarks/results.md (the better part of an hour; keep the machine idle)
+bench: $(READY) ## measure speed for benchmarks/results.md (more than an hour; keep the machine idle)
 	@python -m benchmarks
 
 bench-quick: $(READY) ## one short round of the same, printed only

@@ -116,7 +116,7 @@ def draw(dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> None:
         PLOTS / "reconstructions.png", figures.reconstructions_figure(*pairs, evaluation.bce[shown], title)
     )
 
-    by_information = np.argsort(model.kld_per_dim, kind="stable")[::-1]
-    active = [int(dim) for dim in by_information if active_units(means)[dim]] or [int(by_information[0])]
+    by_information, is_active = np.argsort(model.kld_per_dim, kind="stable")[::-1], active_units(means)
+    active = [int(dim) for dim in by_information if is_active[dim]] or [int(by_information[0])]
     walk = traverse(model.vae, active, TRAVERSAL)
     figures.save_png(PLOTS / "traversal.png", figures.traversal_figure(walk, TRAVERSAL, active, title))

@@ -161,6 +161,7 @@ def test_leading_dimensions_are_those_with_the_largest_kl_in_their_order():
     assert leading_dimensions([0.1, 2.0, 0.0, 3.0]) == (1, 3)
     assert leading_dimensions([5.0, 2.0, 0.0, 3.0]) == (0, 3)
     assert leading_dimensions([3.0]) == (0, 0)
+    assert leading_dimensions([1.0, 1.0, 1.0]) == (0, 1)  # those that the explorer takes
 
 
 def test_prior_draws_are_the_same_for_the_same_seed():

@@ -6,7 +6,7 @@
     digits = manifold(model.vae, 15, (0.05, 0.95), model.kld_per_dim).images  # (225, 28, 28) in [0, 1]
 
 The names below are the public API. Each loads its own room on first use, so that what needs no torch starts
-without it. The library is pure: paths, parameters and the orchestrator belong to ``stages/``.
+without it. The library is pure: paths and the orchestrator belong to ``stages/``.
 """
 
 from importlib import import_module

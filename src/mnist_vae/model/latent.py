@@ -133,7 +133,7 @@ def traverse(vae: VAE, dimensions: list[int], values: Floats) -> Floats:
 
 def leading_dimensions(kld_per_dim: Sequence[float]) -> tuple[int, int]:
     """The two dimensions with the largest KL, the lower index first; (0, 0) where there is one only."""
-    first, second = sorted(np.argsort(kld_per_dim, kind="stable")[-2:]) if len(kld_per_dim) > 1 else (0, 0)
+    first, second = sorted(np.argsort(-np.asarray(kld_per_dim), kind="stable")[:2]) if len(kld_per_dim) > 1 else (0, 0)
     return int(first), int(second)
 
 

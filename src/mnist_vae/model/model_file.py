@@ -32,7 +32,7 @@ class SavedModel(NamedTuple):
     vae: VAE
     dataset: str  # the title of what it was trained on
     kld_per_dim: list[float]  # mean over the training images, nats, (Z,)
-    fingerprint: str  # of the training, see training/fingerprint.py
+    fingerprint: str  # of the training, see mnist_vae/fingerprint.py
 
 
 def save_model(path: Path, model: SavedModel) -> None:

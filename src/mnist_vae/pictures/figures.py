@@ -27,7 +27,7 @@ def save_png(path: Path, figure: Figure) -> None:
 def losses_figure(history: dict[str, list[float]], dataset: str) -> Figure:
     """The notebook's loss curves, from columns epoch, loss, bce, kld (and val_…), nats per image.
 
-    Its three series and markers, in two panels: the KL divergence is 30 times smaller than the other two.
+    Its three series and markers, in two panels: the KL divergence is far smaller than the other two.
     """
     figure = Figure(figsize=(8, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
