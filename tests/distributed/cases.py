@@ -40,7 +40,9 @@ CASES: dict[str, dict[str, Any]] = {  # for 100 images
         "min_delta": 1e6,
     },
     "layers in bfloat16": {"epochs": 2, "precision": "bf16-mixed"},
+    "beyond the window, from a file": {"epochs": 2, "shuffle_window": 32, "validation_size": 31},
 }
+IN_MEMORY = data_module.IN_MEMORY
 
 
 class Seen(L.Callback):
@@ -84,6 +86,7 @@ def means(rank: int) -> dict[str, Any]:
 def main(count: int, images: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     data_module.CHUNK = 2  # several chunks in an epoch
+    data_module.SHUFFLE_BLOCK = 8
     command = [sys.executable, "-m", "tests.distributed.cases", *sys.argv[1:]]
     with processes(settings(devices=count), command) as group:
         group.join({})
@@ -93,6 +96,7 @@ def main(count: int, images: Path, folder: Path) -> None:
             changes = dict(case)
             redraw_seed, logger = changes.pop("redraw_seed", None), Recorder()
             chosen = settings(**changes, devices=count)
+            data_module.IN_MEMORY = 0 if "shuffle_window" in case else IN_MEMORY
             first = group.place.rank == 0
             seen = Seen()
             trained = fit(

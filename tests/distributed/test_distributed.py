@@ -357,14 +357,23 @@ def test_a_line_on_each_host_follows_the_losses_of_one_process_also_after_a_work
     assert_follows(host, losses_of_one)
 
 
-def test_hosts_with_other_parameters_are_refused_on_both(host, hosts):
-    set_params(host, {"train.nodes": 2})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.seed": 7}, "differ in params: all hosts need the same commit, params.yaml, data and packages"),
+        ({"train.devices": 1}, "has train.nodes 2 and train.devices 1: all hosts need the same"),
+        ({"train.devices": 3}, "has train.nodes 2 and train.devices 3: all hosts need the same"),
+    ],
+)
+def test_hosts_with_other_parameters_are_refused_on_both(host, hosts, changes, message):
+    set_params(host, {"train.nodes": 2, "train.devices": 2})
     with second_host(host) as other:
-        set_params(other, {"train.seed": 7})
+        set_params(other, changes)
         first = Stage(host, *hosts[0], *TRAIN, MASTER_ADDR=ADDRESSES[0])
         second = Stage(other, *hosts[1], *TRAIN, MASTER_ADDR=ADDRESSES[0], NODE_RANK="1")
 
         for stage in (first, second):
             status, errors = stage.wait()
             assert status == 1
-            assert "differ in params: all hosts need the same commit, params.yaml, data and packages" in errors
+            assert message in errors
+            assert "Traceback" not in errors

@@ -37,6 +37,7 @@ END_S = 1  # for a process of this host to end in order; nothing of it stays
 HINT_S = 5  # before the first process says whom it waits for
 LOST_STATUS = 75  # of a process that ends because another one has; EX_TEMPFAIL of sysexits.h
 FAILED = "failed"  # the store's key for the reason why the training ends
+SIZE = "size"  # the store's key for what the first process expects
 
 
 class ProcessLostError(UserError):
@@ -133,19 +134,33 @@ class Processes:
         """Whether this is the only process."""
         return self.place.processes == 1
 
+    @property
+    def _is_on_cuda(self) -> bool:
+        return self.settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+
+    def _size(self) -> str:
+        """How many processes this host expects, and where."""
+        return f"train.nodes {self.settings.nodes} and train.devices {self.settings.devices}"
+
     def start(self) -> None:
         """Start the other processes of this host, so that they load what they need while this one does.
 
         Raises:
-            UserError: the port of the first process is taken.
+            UserError: the port of the first process is taken, or this host has too few GPUs.
         """
         if self.is_alone:
             return
         here = self.place
+        if self._is_on_cuda and here.local_processes > torch.cuda.device_count():
+            raise UserError(
+                f"params.yaml: train.devices is {here.local_processes}, and this host has "
+                f"{torch.cuda.device_count()} GPU(s); lower it, or set train.accelerator to cpu"
+            )
         if here.rank == 0 and not _is_store_of_torchrun():
             # A training on one host takes any free port: several may run side by side.
             self._port = self._port if self.settings.nodes > 1 or here.is_launched else 0
             self.store = self._serve()
+            self.store.set(SIZE, self._size())
         if not here.is_launched:
             os.environ |= {
                 "MASTER_ADDR": os.environ.get("MASTER_ADDR", "") if self.settings.nodes > 1 else "127.0.0.1",
@@ -187,15 +202,14 @@ class Processes:
                     f"processes {ranks[0] + 1} and {ranks[1] + 1} (on {' and '.join(hosts)}) differ in "
                     f"{' and '.join(different)}: all hosts need the same commit, params.yaml, data and packages"
                 )
-        is_on_cuda = self.settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-        if is_on_cuda:
+        if self._is_on_cuda:
             torch.cuda.set_device(here.local_rank)
         else:
             name = _interface(os.environ["MASTER_ADDR"], self._port)
             if name:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         dist.init_process_group(
-            "nccl" if is_on_cuda else "gloo",
+            "nccl" if self._is_on_cuda else "gloo",
             store=PrefixStore("group", store),
             rank=here.rank,
             world_size=here.processes,
@@ -258,7 +272,11 @@ class Processes:
         return store
 
     def _reach(self) -> Store:
-        """The store of the first process, when it is there."""
+        """The store of the first process, when it is there.
+
+        Raises:
+            UserError: it does not come, or expects another number of processes.
+        """
         address, deadline = os.environ["MASTER_ADDR"], time.monotonic() + JOIN_S
         hint_at = time.monotonic() + HINT_S
         while True:  # not torch's own wait, which no signal ends
@@ -277,7 +295,15 @@ class Processes:
                 time.sleep(0.5)
         store = TCPStore(address, self._port, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"attempt {attempt}", store) if _is_store_of_torchrun() else store
+        if _is_store_of_torchrun():
+            return PrefixStore(f"attempt {attempt}", store)
+        self.store = store  # so that the others hear why this one ends
+        if (size := store.get(SIZE).decode()) != self._size():
+            raise UserError(
+                f"params.yaml: the first host has {size}, and {socket.gethostname()} has {self._size()}: all hosts "
+                "need the same"
+            )
+        return store
 
     def _wait_for_all(self, store: Store, what: str) -> list[str]:
         """The keys of all processes, when all have set them."""
