@@ -135,6 +135,15 @@ class Stage:
         below = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in below if child.cmdline()[-3:] == ["-m", "stages", "train"]]
 
+    def wait_for_line(self, part: str) -> str:
+        """The first line of its stderr with this in it."""
+        deadline = time.monotonic() + TIME_LIMIT_S
+        while not (found := [line for line in self.errors.read_text().splitlines() if part in line]):
+            assert self.process.poll() is None, self.errors.read_text()
+            assert time.monotonic() < deadline, self.errors.read_text()
+            time.sleep(0.1)
+        return found[0].strip()
+
     def wait_for_checkpoint(self) -> None:
         deadline = time.monotonic() + TIME_LIMIT_S
         while not list(self.folder.glob("checkpoints/*/last.ckpt")):
@@ -328,6 +337,23 @@ def test_torchrun_over_two_hosts_follows_the_losses_of_one_process(host, hosts, 
             stage.succeed()
 
     assert_follows(host, losses_of_one)
+
+
+def test_dvc_repro_on_the_first_host_prints_the_line_of_the_second_and_records_the_result(
+    tmp_path, hosts, losses_of_one
+):
+    clone = clone_working_tree(tmp_path / "mnist-vae")
+    set_params(clone, SMALL | {"train.nodes": 2})
+    run(clone, "dvc", "repro", "download")
+    with second_host(clone) as other:
+        first = Stage(clone, *hosts[0], "dvc", "repro", "train", MASTER_ADDR=ADDRESSES[0])
+        line = first.wait_for_line("NODE_RANK=1")
+        second = Stage(other, *hosts[1], "sh", "-c", line)
+        for stage in (first, second):
+            stage.succeed()
+
+    assert_follows(clone, losses_of_one)
+    assert "up to date" in run(clone, "dvc", "status", "train").stdout
 
 
 def test_a_line_on_each_host_follows_the_losses_of_one_process_also_after_a_worker_is_lost(host, hosts, losses_of_one):
