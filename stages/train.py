@@ -17,7 +17,7 @@ from mnist_vae.data.dataset import Dataset, load_dataset
 from mnist_vae.files import write_csv, write_json
 from mnist_vae.fingerprint import PACKAGES, digest_of_code, environment, fingerprint
 from mnist_vae.model.cpu import set_up_cpu
-from mnist_vae.model.latent import encode
+from mnist_vae.model.latent import mean_kld
 from mnist_vae.model.model_file import SavedModel, save_model
 from mnist_vae.model.vae import VAEConfig
 from mnist_vae.params import Params, load_params
@@ -59,8 +59,7 @@ def main(session: Session) -> None:
                 checkpoints=folder,
             )
 
-            kld_per_dim = encode(trained.vae, measured.x_train).kld().double().mean(dim=0).tolist()
-            save_model(MODEL, SavedModel(trained.vae, measured.title, kld_per_dim, name))
+            save_model(MODEL, SavedModel(trained.vae, measured.title, mean_kld(trained.vae, measured.x_train), name))
             write_csv(LOSSES, [{**epoch, "binarize": binarize} for epoch in trained.history])
             write_json(METRICS / "train.json", summary(trained, dataset, params))
 

@@ -14,6 +14,7 @@ from mnist_vae.model.latent import (
     encode,
     leading_dimensions,
     manifold,
+    mean_kld,
     prior_draws,
     tile,
     to_tensor,
@@ -79,6 +80,17 @@ def test_encode_does_not_depend_on_the_size_of_a_block(vae, images, monkeypatch)
     assert whole.mean.shape == whole.log_var.shape == (20, 2)
     torch.testing.assert_close(in_blocks.mean, whole.mean)
     torch.testing.assert_close(in_blocks.log_var, whole.log_var)
+
+
+def test_the_mean_kl_does_not_depend_on_how_many_codes_are_held_at_a_time(vae, images, monkeypatch):
+    whole = encode(vae, images).kld().double().mean(dim=0).tolist()
+    assert mean_kld(vae, images) == whole
+
+    monkeypatch.setattr(latent, "MEASURED", 7)
+    held = []
+    monkeypatch.setattr(latent, "encode", lambda vae, some: held.append(len(some)) or encode(vae, some))
+    assert mean_kld(vae, images) == pytest.approx(whole)
+    assert held == [7, 7, 6]
 
 
 # out of it

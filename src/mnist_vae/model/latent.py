@@ -20,6 +20,8 @@ Bytes = NDArray[np.uint8]
 SIDE = 28
 BLOCK = 250  # images at a time: memory does not grow with their number, and what a layer computes stays in the cache
 
+MEASURED = 100_000  # images whose codes are held at a time
+
 
 class Manifold(NamedTuple):
     """Images at the crossings of two axes of the latent space."""
@@ -87,6 +89,14 @@ def encode(vae: VAE, images: Sliced) -> Posterior:
         for whole, part in zip(posterior, vae.encode(to_tensor(images[first:last])), strict=True):
             whole[first:last] = part  # at once: thousands of small tensors would leave the memory in pieces
     return posterior
+
+
+def mean_kld(vae: VAE, images: Sliced) -> list[float]:
+    """The KL of each latent dimension in nats per image, (Z,), over images (N, 28, 28), MEASURED of them at a time."""
+    total = torch.zeros(vae.config.latent_dim, dtype=torch.float64)
+    for first in range(0, len(images), MEASURED):
+        total += encode(vae, images[first : first + MEASURED]).kld().double().sum(dim=0)
+    return (total / len(images)).tolist()
 
 
 @torch.inference_mode()
