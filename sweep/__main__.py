@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sweep.repository import Repository
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("nll", "elbo", "kld", "active_units", "knn_accuracy")  # as in `make table`
+SHOWN = ("nll", "elbo", "kld", "active_units", "knn_accuracy")  # as in `make table`, of each data.binarize
 MAXIMIZED = ("elbo", "accuracy", "precision", "recall", "density", "coverage", "active_units")
 DESCRIPTION = """\
 Run every combination of parameter values as a DVC experiment on the last commit, as many at once as there are cores,
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--suggest", type=count, metavar="N", help="let Optuna choose N points instead of running a grid")
     add("--storage", metavar="URL", help="Optuna's database (default: a file in .dvc/tmp/sweep)")
-    add("--metric", help="of metrics/evaluate.json, to compare by (default: nll)")
+    add("--metric", help="of metrics/evaluate.json, to compare by (default: nll, by its name for data.binarize)")
     add("--direction", choices=["minimize", "maximize"], help="default: what is better for the metric")
     add("--jobs", type=count, help="experiments at once on this machine (default: cores / train.threads)")
     add(
@@ -90,7 +90,14 @@ def sweep(arguments: argparse.Namespace) -> int:
 
     params = load_params(ROOT / "params.yaml")
     asked_for = space.read_space(arguments.set_param, ROOT / "params.yaml", ranges=bool(arguments.suggest))
-    metric = arguments.metric or metric_name("nll", params.data.binarize)
+    settings = list(asked_for.get("data.binarize", [params.data.binarize]))
+    shown = [metric_name(name, setting) for name in SHOWN for setting in settings]
+    if len(settings) > 1 and not arguments.metric:
+        raise UserError(
+            "the values of data.binarize have metrics of different names, which cannot be compared: name one by "
+            f"--metric, as --metric {shown[0]}"
+        )
+    metric = arguments.metric or shown[0]
     goal = driver.Goal(metric, direction(metric, arguments.direction) == "maximize")
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
     repository = Repository(ROOT, arguments.git_remote or ("origin" if address else HERE))
@@ -114,7 +121,7 @@ def sweep(arguments: argparse.Namespace) -> int:
                 report = driver.drive(client, plan, repository, common, goal)
     except Timeout as error:
         raise UserError("another sweep runs in this folder; wait for its end, or end it") from error
-    show(report, goal, repository)
+    show(report, goal, shown, repository)
     return int(bool(report.failures))
 
 
@@ -123,12 +130,12 @@ def direction(metric: str, given: str | None) -> str:
     return given or ("maximize" if any(word in metric for word in MAXIMIZED) else "minimize")
 
 
-def show(report: "Report", goal: "Goal", repository: "Repository") -> None:
+def show(report: "Report", goal: "Goal", shown: Sequence[str], repository: "Repository") -> None:
     """The table, the failures, and what to do next."""
     from sweep.repository import HERE
     from tools.table import table
 
-    columns = [goal.metric, *(name for name in SHOWN if name != goal.metric)]
+    columns = [goal.metric, *(name for name in shown if name != goal.metric)]
     order = sorted(report.metrics, key=lambda name: rank(report.metrics[name], goal))
     if order:
         rows = [[name, *(number(report.metrics[name].get(column)) for column in columns)] for name in order]

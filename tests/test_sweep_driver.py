@@ -139,7 +139,7 @@ def command(tmp_path, monkeypatch) -> Callable[..., tuple[int, "driver.Plan"]]:
 
     def remember(client, plan, repository, sweep, goal):
         seen["plan"] = plan
-        return driver.Report({"a": {"nll": 1.5}}, seen.get("failures", []))
+        return driver.Report({"a": seen["metrics"]}, seen.get("failures", []))
 
     repository = SimpleNamespace(remote=".", commit=SWEEP.commit, sweep=lambda: SWEEP)
     monkeypatch.setattr(main, "ROOT", tmp_path)
@@ -147,8 +147,8 @@ def command(tmp_path, monkeypatch) -> Callable[..., tuple[int, "driver.Plan"]]:
     monkeypatch.setattr(driver, "connect", lambda address, jobs: nullcontext())
     monkeypatch.setattr(driver, "drive", remember)
 
-    def call(*argv: str, failures: tuple[Outcome, ...] = ()):
-        seen["failures"] = list(failures)
+    def call(*argv: str, failures: tuple[Outcome, ...] = (), **metrics: float):
+        seen["failures"], seen["metrics"] = list(failures), metrics or {"nll": 1.5}
         return main.sweep(main.parse(argv)), seen["plan"]
 
     return call
@@ -177,6 +177,22 @@ def test_the_command_reports_failures_and_says_so_by_its_status(command, capsys)
 def test_a_metric_that_no_experiment_has_is_told_with_those_that_there_are(command, capsys):
     command("-S", "train.seed=1", "--metric", "nil")
     assert "no experiment has the metric nil; known are nll" in capsys.readouterr().err
+
+
+def test_a_binarised_sweep_is_compared_by_the_names_that_its_numbers_have(command, capsys):
+    command("-S", "data.binarize=dynamic", nll_dynamic=91.5, elbo_dynamic=-95.5)
+    printed = capsys.readouterr()
+    assert "| a          |        91.5 |        -95.5 |" in printed.out
+    assert "no experiment has the metric" not in printed.err
+
+
+def test_several_values_of_binarize_need_a_metric(command, capsys):
+    several = ("-S", "data.binarize=none,static")
+    with pytest.raises(UserError, match="--metric nll"):
+        command(*several)
+    command(*several, "--metric", "elbo_static", nll_static=91.5, elbo_static=-95.5)
+    columns = [column.strip() for column in capsys.readouterr().out.splitlines()[0].split("|")]
+    assert columns[2:6] == ["elbo_static", "nll", "nll_static", "elbo"]
 
 
 def test_one_sweep_at_a_time_runs_in_a_folder(command, tmp_path):
