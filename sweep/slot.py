@@ -79,7 +79,7 @@ def run_in_slot(sweep: Sweep, name: str, overrides: list[str]) -> Outcome:
                 pass_fds=[lock],
                 start_new_session=True,  # Ctrl-C at the driver is not for the experiment, which would call it failed
             )
-            if process.wait() == 0:
+            if process.wait() == 0 or is_there(sweep, name):  # of another scheduler's worker, which was first
                 return Outcome(name)
             error = reason(log.read_text(errors="replace"), f"ended with status {process.returncode}")
         except subprocess.CalledProcessError as failure:
@@ -119,13 +119,13 @@ def prepare(slot: Path, sweep: Sweep) -> None:
         git("clone", "--quiet", "--no-checkout", sweep.source, str(scratch))
         scratch.rename(slot)
     # This process alone uses the slot, so what locks it is left from one that was killed.
-    for left in (slot / ".git").glob("*.lock"):
+    for left in (slot / ".git").rglob("*.lock"):
         left.unlink()
     shutil.rmtree(slot / ".dvc" / "tmp", ignore_errors=True)
     git("remote", "set-url", "origin", sweep.source, folder=slot)
     for entry, value in sweep.identity.items():
         git("config", entry, value, folder=slot)
-    git("fetch", "--quiet", "origin", "+refs/heads/*:refs/remotes/origin/*", folder=slot)
+    git("fetch", "--quiet", "--prune", "origin", "+refs/heads/*:refs/remotes/origin/*", folder=slot)
     if not git("rev-parse", "--verify", "--quiet", f"{sweep.commit}^{{commit}}", folder=slot, check=False):
         git("fetch", "--quiet", "origin", "HEAD", folder=slot)  # the commit is on no branch
     git("checkout", "--quiet", "--force", "--detach", sweep.commit, folder=slot)

@@ -203,9 +203,12 @@ def test_a_slot_is_made_whole_whatever_a_killed_worker_left(source, tmp_path):
     (place / "checkpoints").mkdir()
     (place / "checkpoints" / "last.ckpt").write_text("to go on from")
     (place / ".git" / "index.lock").touch()
+    experiment(place, sweep, "a=1")
+    (place / ".git" / f"{reference(sweep.commit, 'a=1')}.lock").touch()
     (place / ".dvc" / "tmp").mkdir()
     (place / ".dvc" / "tmp" / "rwlock").write_text("{")
     slot.prepare(place, sweep)
+    slot.remove_reference(place, sweep, "a=1")
     assert (place / "params.yaml").read_text() == "a: 1\n"
     assert not (place / "left").exists()
     assert (place / "checkpoints" / "last.ckpt").exists()
@@ -222,6 +225,13 @@ def test_a_slot_follows_to_a_later_commit(source, tmp_path):
     assert (tmp_path / "slot-0" / "params.yaml").read_text() == "a: 3\n"
 
 
+def test_a_slot_follows_a_source_whose_branch_made_room_for_another(source, tmp_path):
+    git("branch", "feature", folder=source)
+    slot.prepare(tmp_path / "slot-0", sweep_of(source, tmp_path))
+    git("branch", "--move", "feature", "feature/x", folder=source)
+    slot.prepare(tmp_path / "slot-0", sweep_of(source, tmp_path))
+
+
 def test_an_experiment_that_is_there_is_not_run_again(source, tmp_path):
     sweep = sweep_of(source, tmp_path)
     experiment(source, sweep, "a=1")
@@ -229,11 +239,26 @@ def test_an_experiment_that_is_there_is_not_run_again(source, tmp_path):
     assert not (tmp_path / "slot-0").exists()
 
 
-def test_an_experiment_that_fails_says_why_and_where_its_log_is(source, tmp_path):
+def stand_in(source: Path, program: str) -> None:
+    """Commit a program in place of the one that runs an experiment."""
     (source / "sweep").mkdir()
-    (source / "sweep" / "experiment.py").write_text("import sys; print('train: the reason'); sys.exit(3)")
+    (source / "sweep" / "experiment.py").write_text(program)
     git("add", "--all", folder=source)
-    git("commit", "--quiet", "--message", "Fails", folder=source)
+    git("commit", "--quiet", "--message", "Only pretends", folder=source)
+
+
+def test_an_experiment_that_another_scheduler_finished_first_has_not_failed(source, tmp_path):
+    stand_in(
+        source,
+        "import subprocess, sys; commit = subprocess.getoutput('git rev-parse HEAD');"
+        "subprocess.run(['git', 'push', 'origin', f'HEAD:refs/exps/{commit[:2]}/{commit[2:]}/a=1'], check=True);"
+        "sys.exit('error: failed to push some refs')",
+    )
+    assert slot.run_in_slot(sweep_of(source, tmp_path), "a=1", []) == Outcome("a=1")
+
+
+def test_an_experiment_that_fails_says_why_and_where_its_log_is(source, tmp_path):
+    stand_in(source, "import sys; print('train: the reason'); sys.exit(3)")
     outcome = slot.run_in_slot(sweep_of(source, tmp_path), "a=1", ["a=1"])
     assert outcome.error == "train: the reason"
     log = Path(outcome.log.partition(":")[2])
@@ -252,12 +277,7 @@ def test_an_experiment_ends_with_the_worker_that_started_it(source, tmp_path):
         "from pathlib import Path; from tests.test_sweep import *;"
         f"slot.run_in_slot(sweep_of(Path({str(source)!r}), Path({str(tmp_path)!r})), 'a=1', [])"
     )
-    (source / "sweep").mkdir()
-    (source / "sweep" / "experiment.py").write_text(
-        "import sys; from pathlib import Path; Path('../started').touch(); sys.stdin.read()"
-    )
-    git("add", "--all", folder=source)
-    git("commit", "--quiet", "--message", "Waits for the end of its input", folder=source)
+    stand_in(source, "import sys; from pathlib import Path; Path('../started').touch(); sys.stdin.read()")
     process = subprocess.Popen([sys.executable, "-c", worker], cwd=Path(__file__).parent.parent)
     while not (tmp_path / "started").exists():
         assert process.poll() is None
