@@ -46,7 +46,12 @@ def call(*arguments: str, program: list[str] | None = None, attempts: int = 1) -
     command = [*(program or [sys.executable, "-m", "dvc"]), *arguments]
     for attempt in range(1, attempts + 1):
         print("+", *command, flush=True)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": "src"})
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": "src"},
+            close_fds=False,  # the slot's lock, which it holds even if this process is killed
+        )
         current[:] = [process]
         if process.wait() == 0:
             return

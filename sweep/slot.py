@@ -16,8 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
+
 FOLDER = "sweep-slots"  # in a worker's current folder, unless its SWEEP_FOLDER names another
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of another repository
+PATIENCE_S = 60  # for a stage whose DVC was killed, which ends within seconds
 REFERENCE = "refs/exps/{}/{}/{}"  # DVC's own: two and 38 digits of the commit, and the experiment's name
 
 
@@ -68,7 +71,7 @@ def run_in_slot(sweep: Sweep, name: str, overrides: list[str]) -> Outcome:
             remove_reference(slot, sweep, name)
             command = [sys.executable, "-m", "sweep.experiment", name, "" if sweep.cache else "push", *overrides]
             # The experiment ends when its standard input does: with this process, however that ends. It holds the
-            # slot's lock for as long as it lives.
+            # slot's lock for as long as it or what it calls lives; a stage has a lock of its own.
             process = subprocess.Popen(
                 command,
                 cwd=slot,
@@ -111,7 +114,12 @@ def is_there(sweep: Sweep, name: str) -> bool:
 
 
 def prepare(slot: Path, sweep: Sweep) -> None:
-    """Make the slot a clone at the sweep's commit, whatever was left there."""
+    """Make the slot a clone at the sweep's commit, whatever was left there, once the last stage in it has ended.
+
+    Raises:
+        TimeoutError: a stage does not end.
+        subprocess.CalledProcessError: git failed.
+    """
     if not (slot / ".git").is_dir():
         scratch = slot.with_suffix(".partial")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -121,7 +129,8 @@ def prepare(slot: Path, sweep: Sweep) -> None:
     # This process alone uses the slot, so what locks it is left from one that was killed.
     for left in (slot / ".git").rglob("*.lock"):
         left.unlink()
-    shutil.rmtree(slot / ".dvc" / "tmp", ignore_errors=True)
+    with FileLock(slot / ".dvc" / "tmp" / "stage.lock", timeout=PATIENCE_S):  # a stage holds it for as long as it lives
+        shutil.rmtree(slot / ".dvc" / "tmp", ignore_errors=True)
     git("remote", "set-url", "origin", sweep.source, folder=slot)
     for entry, value in sweep.identity.items():
         git("config", entry, value, folder=slot)

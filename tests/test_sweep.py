@@ -272,12 +272,23 @@ def test_a_source_that_cannot_be_reached_is_a_failure_with_its_reason(source, tm
 
 
 def test_an_experiment_ends_with_the_worker_that_started_it(source, tmp_path):
-    """The worker is killed outright; the slot's lock tells when the last of its processes is gone."""
+    """The worker is killed outright; the slot's locks tell when the last of its processes is gone."""
     worker = (
         "from pathlib import Path; from tests.test_sweep import *;"
         f"slot.run_in_slot(sweep_of(Path({str(source)!r}), Path({str(tmp_path)!r})), 'a=1', [])"
     )
-    stand_in(source, "import sys; from pathlib import Path; Path('../started').touch(); sys.stdin.read()")
+    stage = (
+        "import os, time; from pathlib import Path; from filelock import FileLock\n"
+        "with FileLock('.dvc/tmp/stage.lock'):\n"
+        "    parent = os.getppid(); Path('../started').touch()\n"
+        "    while os.getppid() == parent: time.sleep(0.05)\n"
+        "    time.sleep(1); Path('../ended').touch()"
+    )
+    stand_in(
+        source,
+        "import subprocess, sys; from pathlib import Path; Path('.dvc/tmp').mkdir();"
+        f"subprocess.Popen([sys.executable, '-c', {stage!r}], stdin=subprocess.DEVNULL); sys.stdin.read()",
+    )
     process = subprocess.Popen([sys.executable, "-c", worker], cwd=Path(__file__).parent.parent)
     while not (tmp_path / "started").exists():
         assert process.poll() is None
@@ -285,6 +296,25 @@ def test_an_experiment_ends_with_the_worker_that_started_it(source, tmp_path):
     process.wait()
     with (tmp_path / "slot-0.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for as long as an experiment lives
+        slot.prepare(tmp_path / "slot-0", sweep_of(source, tmp_path))
+    assert (tmp_path / "ended").exists()
+
+
+def test_what_an_experiment_calls_holds_its_slot_even_if_the_experiment_is_killed(tmp_path):
+    held = tmp_path / "held"
+    called = f"import os, time; open({str(held)!r}, 'w').close()\nwhile os.path.exists({str(held)!r}): time.sleep(0.05)"
+    calling = f"import sys; from sweep.experiment import call; call(program=[sys.executable, '-c', {called!r}])"
+    with slot.free_slot(tmp_path) as (first, lock):
+        process = subprocess.Popen([sys.executable, "-c", calling], pass_fds=[lock])
+    while not held.exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    with slot.free_slot(tmp_path) as (other, _):
+        assert other != first
+    held.unlink()
+    with (tmp_path / f"{first.name}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for its end
 
 
 def test_a_push_that_is_killed_leaves_no_lock_to_the_next(source, tmp_path):
