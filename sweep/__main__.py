@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,9 @@ def sweep(arguments: argparse.Namespace) -> int:
                 from sweep.suggest import Suggestions
 
                 storage = arguments.storage or f"sqlite:///{folder / 'optuna.db'}"
-                plan = Suggestions(asked_for, arguments.suggest, goal, storage, repository.commit)
+                plan = Suggestions(
+                    asked_for, arguments.suggest, goal, storage, repository.commit, f"{socket.gethostname()}:{ROOT}"
+                )
             else:
                 plan = driver.Grid(list(space.grid(asked_for)))
             jobs = arguments.jobs or max(1, (os.cpu_count() or 1) // params.train.threads)

@@ -19,16 +19,19 @@ from sweep.driver import Goal
 from sweep.repository import redacted
 from sweep.space import Point, Range, Space, as_yaml, rounded
 
+DRIVER = "driver"  # a trial's attribute: who asked for it
+
 
 class Suggestions:
     """``total`` points in a study that its storage keeps, told and asked one by one."""
 
     all_at_once = False
 
-    def __init__(self, space: Space, total: int, goal: Goal, storage: str, commit: str) -> None:
+    def __init__(self, space: Space, total: int, goal: Goal, storage: str, commit: str, driver: str) -> None:
         """Open the study of this space, goal and commit, made where there is none.
 
-        What a driver that was killed left running counts as failed, and its points come first.
+        What a driver of this name left running when it was killed counts as failed, and its points come first. Those
+        of other drivers are left to them.
 
         Raises:
             UserError: the storage does not open.
@@ -48,9 +51,9 @@ class Suggestions:
         except Exception as error:  # whatever a database raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"--storage: {redacted(storage)} does not open: {redacted(reason)}") from error
-        self._study = study
+        self._study, self._driver = study, driver
         for left in trials:
-            if left.state == TrialState.RUNNING:
+            if left.state == TrialState.RUNNING and left.user_attrs.get(DRIVER) == driver:
                 self._study.tell(left.number, state=TrialState.FAIL)
                 self._study.enqueue_trial(left.params, skip_if_exists=False)
         self._told = [left for left in trials if left.state == TrialState.COMPLETE]
@@ -64,6 +67,7 @@ class Suggestions:
             yield self._point(known.params)
         for _ in range(self._missing):
             trial = self._study.ask(self._distributions)
+            trial.set_user_attr(DRIVER, self._driver)
             point = self._point(trial.params)
             self._running.append((point, trial.number))
             yield point

@@ -201,8 +201,8 @@ def test_one_sweep_at_a_time_runs_in_a_folder(command, tmp_path):
         command("-S", "train.seed=1")
 
 
-def suggestions(storage: Path, total: int) -> Suggestions:
-    return Suggestions(SPACE, total, NLL, f"sqlite:///{storage}", SWEEP.commit)
+def suggestions(storage: Path, total: int, driver: str = "here") -> Suggestions:
+    return Suggestions(SPACE, total, NLL, f"sqlite:///{storage}", SWEEP.commit, driver)
 
 
 def trials(storage: Path) -> list["optuna.trial.FrozenTrial"]:
@@ -243,6 +243,16 @@ def test_what_a_dead_driver_left_running_has_failed_and_its_point_comes_first(cl
     assert experiments.runs[0] == name_of(begun)
 
 
+def test_what_a_driver_elsewhere_runs_stays_its_own(client, monkeypatch, tmp_path):
+    storage = tmp_path / "optuna.db"
+    elsewhere = suggestions(storage, 1, "elsewhere")
+    point = next(elsewhere.points())
+    run_all(client, suggestions(storage, 1), Experiments(), monkeypatch)
+    elsewhere.done(point, 3.0)
+    assert [trial.state for trial in trials(storage)] == [TrialState.COMPLETE] * 2
+    assert trials(storage)[0].value == 3
+
+
 def test_a_failed_experiment_is_told_to_optuna_as_failed(client, monkeypatch, tmp_path):
     storage, experiments = tmp_path / "optuna.db", Experiments()
     first = name_of(next(suggestions(tmp_path / "other.db", 1).points()))  # the sampler's seed is fixed
@@ -254,6 +264,6 @@ def test_a_failed_experiment_is_told_to_optuna_as_failed(client, monkeypatch, tm
 
 def test_a_storage_that_does_not_open_is_told_without_its_password():
     with pytest.raises(UserError, match=r"--storage: .* does not open") as told:
-        Suggestions(SPACE, 1, NLL, "postgresql://ada:secret@127.0.0.1:9/x", SWEEP.commit)
+        Suggestions(SPACE, 1, NLL, "postgresql://ada:secret@127.0.0.1:9/x", SWEEP.commit, "here")
     assert "secret" not in str(told.value)
     assert "\n" not in str(told.value)
