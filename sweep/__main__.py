@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mnist_vae.params import Params
     from sweep.driver import Goal, Report
     from sweep.repository import Repository
+    from sweep.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("nll", "elbo", "kld", "active_units", "knn_accuracy")  # as in `make table`, of each data.binarize
@@ -62,7 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--storage", metavar="URL", help="Optuna's database (default: a file in .dvc/tmp/sweep)")
     add("--metric", help="of metrics/evaluate.json, to compare by (default: nll, by its name for data.binarize)")
     add("--direction", choices=["minimize", "maximize"], help="default: what is better for the metric")
-    add("--jobs", type=count, help="experiments at once on this machine (default: cores / train.threads)")
+    add("--jobs", type=count, help="experiments at once on this machine (default: cores / (threads × devices))")
     add(
         "--git-remote",
         metavar="REMOTE",
@@ -119,13 +121,20 @@ def sweep(arguments: argparse.Namespace) -> int:
                 )
             else:
                 plan = driver.Grid(list(space.grid(asked_for)))
-            jobs = arguments.jobs or max(1, (os.cpu_count() or 1) // params.train.threads)
+            jobs = arguments.jobs or jobs_here(params, asked_for)
             with driver.connect(address, jobs) as client:
                 report = driver.drive(client, plan, repository, common, goal)
     except Timeout as error:
         raise UserError("another sweep runs in this folder; wait for its end, or end it") from error
     show(report, goal, shown, repository)
     return int(bool(report.failures))
+
+
+def jobs_here(params: "Params", asked_for: "Space") -> int:
+    """How many experiments this machine's cores are enough for at once, with the largest values of the sweep."""
+    threads = max(asked_for.get("train.threads", [params.train.threads]))
+    devices = max(asked_for.get("train.devices", [params.train.devices]))  # a process each
+    return max(1, (os.cpu_count() or 1) // int(threads * devices))
 
 
 def direction(metric: str, given: str | None) -> str:

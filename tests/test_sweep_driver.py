@@ -195,6 +195,18 @@ def test_several_values_of_binarize_need_a_metric(command, capsys):
     assert columns[2:6] == ["elbo_static", "nll", "nll_static", "elbo"]
 
 
+@pytest.mark.parametrize(
+    ("argument", "jobs"),
+    [("train.seed=1,2", 8), ("train.threads=1,2", 4), ("train.devices=2,4", 2), ("train.threads=16", 1)],
+)
+def test_as_many_experiments_run_at_once_as_the_cores_are_enough_for(command, monkeypatch, argument, jobs):
+    seen = []
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(driver, "connect", lambda address, jobs: nullcontext(seen.append(jobs)))
+    command("-S", argument)
+    assert seen == [jobs]
+
+
 def test_one_sweep_at_a_time_runs_in_a_folder(command, tmp_path):
     command("-S", "train.seed=1")
     with FileLock(tmp_path / ".dvc/tmp/sweep/driver.lock"), pytest.raises(UserError, match="another sweep"):
