@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Repository:
         """What every worker must know.
 
         Raises:
-            UserError: the workers' results would stay where they are, or they could not get the commit.
+            UserError: the workers' results would stay where they are, or the workers could not get the commit.
         """
         identity = {entry: self._git("config", "--default", "sweep", entry).strip() for entry in IDENTITY}
         if self.remote == HERE:
@@ -48,10 +49,22 @@ class Repository:
             raise UserError(
                 "the runs would stay on the workers: name the MLflow server that they reach by MLFLOW_TRACKING_URI"
             )
-        if not self._dvc_remote():
+        if is_relative(uri):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI is {uri}, a relative path, at which each worker would make a store of its own: "
+                "name a server, or an absolute path that all workers share"
+            )
+        name, url = self._dvc_remote()
+        if not name:
             raise UserError(
                 "the models would stay on the workers: name a DVC remote that they reach, `dvc remote add --default "
                 "NAME URL`, and commit and push .dvc/config"
+            )
+        if url and is_relative(url) and not url.startswith("~"):
+            raise UserError(
+                f"the DVC remote {name} is at {url}, a relative path, at which each worker would make a folder of its "
+                f"own: `dvc remote modify {name} url` with a URL, or an absolute path that all workers share, and "
+                "commit and push .dvc/config"
             )
         if (self.root / source).is_dir():  # a folder, which may be named from here
             source = str((self.root / source).resolve())
@@ -97,11 +110,12 @@ class Repository:
         with Repo(str(self.root)) as repo:
             return str(repo.cache.local_cache_dir)
 
-    def _dvc_remote(self) -> str:
-        """The default remote, as the commit names it."""
-        settings = self._git("show", "HEAD:.dvc/config")
-        lines = (line.partition("=") for line in settings.splitlines())
-        return next((value.strip() for entry, _, value in lines if entry.strip() == "remote"), "")
+    def _dvc_remote(self) -> tuple[str, str]:
+        """The name and the URL of the default remote, each empty where the commit does not have it."""
+        settings = ConfigParser(interpolation=None, strict=False)
+        settings.read_string(self._git("show", "HEAD:.dvc/config"))
+        name = settings.get("core", "remote", fallback="")
+        return name, settings.get(f"'remote \"{name}\"'", "url", fallback="")
 
     def _git(self, *arguments: str) -> str:
         try:
@@ -111,6 +125,12 @@ class Repository:
         except subprocess.CalledProcessError as error:
             said = " ".join(str(error.stderr).split()) or f"it failed with status {error.returncode}"
             raise UserError(redacted(f"git {arguments[0]}: {said}")) from error
+
+
+def is_relative(address: str) -> bool:
+    """Whether an address is a path that means another place in each folder."""
+    path = address.removeprefix(SQLITE).removeprefix("file:")
+    return "://" not in path and not path.startswith("/")
 
 
 def redacted(text: str) -> str:

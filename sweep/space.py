@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import itertools
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from hydra.errors import HydraException
 from ruamel.yaml import YAML
 
 from mnist_vae.errors import UserError
-from mnist_vae.params import Params, load_params
+from mnist_vae.params import NAMES, Params, load_params
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})")
+PLAIN = re.compile(r"[\w./+-]*", re.ASCII)  # text that needs no quotes
 DECADES = 10  # a range whose ends differ by this factor or more is drawn from on a log scale
 DIGITS = 4  # significant ones of a number that is drawn from a range
 LONGEST = 120  # characters of a name; a reference's file may have 255
@@ -45,7 +47,7 @@ Point = Mapping[str, Any]  # one value for each parameter
 
 
 def read_space(arguments: Sequence[str], params: Path, *, ranges: bool) -> Space:
-    """What ``-S`` was given, each parameter in the order of params.yaml, each value once.
+    """What ``-S`` was given, each parameter in the order of params.yaml, each value once, and folders absolute.
 
     Raises:
         UserError: an argument cannot be read, or names what is no parameter or no value that it may have.
@@ -69,6 +71,8 @@ def read_space(arguments: Sequence[str], params: Path, *, ranges: bool) -> Space
             values = Range(*map(_as_float, values)) if isinstance(values, Range) else list(map(_as_float, values))
         for value in values:
             _check(params, name, value)
+        if name == "data.dataset":
+            values = list(dict.fromkeys(map(_as_folder, values)))
         space[name] = values
     return dict(sorted(space.items(), key=lambda item: known.index(item[0])))
 
@@ -91,7 +95,7 @@ def name_of(point: Point) -> str:
     words = ",".join(f"{short_name(name)}={_in_name(value)}" for name, value in point.items())
     if len(words) <= LONGEST:
         return words
-    return f"{words[: LONGEST - 9].rstrip('.,')}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    return f"{words[: LONGEST - 9].rstrip('.,')}-{_digest(words)}"
 
 
 def overrides(point: Point) -> list[str]:
@@ -100,7 +104,7 @@ def overrides(point: Point) -> list[str]:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as params.yaml and Hydra's grammar both have it: null, true, [400,200], 0.001."""
+    """A value as params.yaml and Hydra's grammar both have it: null, true, [400,200], 0.001, '/my images (all)'."""
     match value:
         case None:
             return "null"
@@ -108,6 +112,8 @@ def as_yaml(value: Any) -> str:
             return str(value).lower()
         case list():
             return f"[{','.join(map(as_yaml, value))}]"
+        case str() if not PLAIN.fullmatch(value):
+            return "'" + value.replace("'", r"\'") + "'"
     return str(value)
 
 
@@ -146,6 +152,11 @@ def _as_float(value: Any) -> Any:
     return float(value) if type(value) is int else value
 
 
+def _as_folder(value: Any) -> Any:
+    """A folder by its absolute path: a relative one would count from the clone that an experiment runs in."""
+    return value if value in NAMES else os.path.normpath(Path.cwd() / value)
+
+
 def _plain(value: Any) -> Any:
     """A value without Hydra's own type for quoted text."""
     if isinstance(value, QuotedString):
@@ -171,6 +182,16 @@ def _check(params: Path, name: str, value: Any) -> None:
 
 
 def _in_name(value: Any) -> str:
-    """A value in a name that git, DVC and a shell take as it is: a list's numbers have an x between them."""
-    text = "x".join(map(_in_name, value)) if isinstance(value, list) else as_yaml(value)
-    return re.sub(r"[^\w.+-]", "_", text)
+    """A value in a name that git, DVC and a shell take as it is: a list's numbers have an x between them.
+
+    Where characters had to be replaced, a digest keeps names apart whose values differ.
+    """
+    if isinstance(value, list):
+        return "x".join(map(_in_name, value))
+    text = value if isinstance(value, str) else as_yaml(value)
+    plain = re.sub(r"[^\w.+-]|(?<=\.)\.", "_", text)
+    return plain if plain == text else f"{plain}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

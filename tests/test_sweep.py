@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 from mnist_vae.errors import UserError
 from sweep import __main__ as command
 from sweep import slot
+from sweep.repository import Repository
 from sweep.slot import Outcome, Sweep, git, reference
 from sweep.space import Range, grid, name_of, overrides, read_space
 
@@ -74,6 +76,29 @@ def test_long_names_differ_where_their_ends_do():
     long = ["model.hidden_dims=[1000,1000,1000,1000,1000,1000,1000,1000]", "data.fallback=null"]
     long += ["train.betas=[0.9,0.999]", "train.eps=1e-8", "train.weight_decay=1e-5", "train.kl_warmup=0.25"]
     assert len(set(names(*long, "grid.size=3,4,5"))) == 3
+
+
+def test_a_folder_counts_from_where_the_command_was_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert list(read(f"data.dataset=mnist,../faces,./a,{tmp_path}/a/").values()) == [
+        ["mnist", str(tmp_path.parent / "faces"), str(tmp_path / "a")]
+    ]
+
+
+def test_names_of_folders_differ_where_the_folders_do():
+    found = names("data.dataset=mnist,/d/a_b,/d/a/b,/d/a..b")
+    assert found[0] == "dataset=mnist"
+    assert len(set(found)) == 4
+    for name in found:
+        assert "/" not in name
+        subprocess.run(["git", "check-ref-format", reference("0" * 40, name)], check=True)
+
+
+@pytest.mark.parametrize("folder", ["/d/faces", "/d/my faces", "/d/Jürgen's (1), 2"])
+def test_a_folder_reaches_dvc_whatever_its_name(folder):
+    quoted = folder.replace("'", r"\'")
+    [override] = overrides({"data.dataset": folder})
+    assert read(override) == read(f"data.dataset='{quoted}'") == {"data.dataset": [folder]}
 
 
 def test_overrides_are_what_dvc_takes():
@@ -173,6 +198,41 @@ def sweep_of(source: Path, folder: Path, **settings: str) -> Sweep:
 def experiment(source: Path, sweep: Sweep, name: str) -> None:
     """What `dvc exp push` leaves in the source."""
     git("update-ref", reference(sweep.commit, name), sweep.commit, folder=source)
+
+
+@pytest.fixture
+def shared(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
+    """The sweep over machines of a repository that has a git remote, by its MLflow store and its DVC remote."""
+    git("clone", "--quiet", "--bare", str(source), str(tmp_path / "origin"))
+    git("remote", "add", "origin", str(tmp_path / "origin"), folder=source)
+
+    def call(uri: str, url: str) -> Sweep:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        settings = f"[core]\n    remote = storage\n['remote \"storage\"']\n    url = {url}\n"
+        (source / ".dvc" / "config").write_text(settings)
+        git("commit", "--quiet", "--all", "--message", "A remote", folder=source)
+        git("push", "--quiet", "origin", "main", folder=source)
+        return Repository(source, "origin").sweep()
+
+    return call
+
+
+@pytest.mark.parametrize("uri", ["http://server:5000", "sqlite:////shared/mlflow.db"])
+@pytest.mark.parametrize("url", ["s3://bucket/folder", "/shared/storage", "~/storage"])
+def test_a_sweep_over_machines_takes_what_is_the_same_for_all_workers(shared, tmp_path, uri, url):
+    sweep = shared(uri, url)
+    assert (sweep.source, sweep.environment) == (str(tmp_path / "origin"), {"MLFLOW_TRACKING_URI": uri})
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "file:mlruns", "./mlruns"])
+def test_a_store_that_each_worker_would_have_of_its_own_is_refused(shared, uri):
+    with pytest.raises(UserError, match=f"^MLFLOW_TRACKING_URI is {uri}, a relative path"):
+        shared(uri, "/shared/storage")
+
+
+def test_a_dvc_remote_that_each_worker_would_have_of_its_own_is_refused(shared):
+    with pytest.raises(UserError, match=r"^the DVC remote storage is at \.\./\.\./storage, a relative path"):
+        shared("http://server:5000", "../../storage")
 
 
 def test_two_experiments_at_once_have_two_slots_and_the_first_is_used_again(tmp_path):
