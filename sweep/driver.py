@@ -140,15 +140,13 @@ def drive(
 
         fill()
         while running:
-            future = next(completed)
-            name = running.pop(future)
-            outcome = outcome_of(future, name)
-            future.release()
-            if not outcome.error:
-                repository.fetch(name)
-                existing.add(name)
-            for point in waiting.pop(name):
-                conclude(point, outcome)
+            ended = [outcome_of(future, running.pop(future)) for future in completed.next_batch()]
+            repository.fetch([outcome.name for outcome in ended if not outcome.error])
+            for outcome in ended:
+                if not outcome.error:
+                    existing.add(outcome.name)
+                for point in waiting.pop(outcome.name):
+                    conclude(point, outcome)
             fill()
     return report
 
@@ -168,8 +166,10 @@ def slots(client: Client) -> int:
 
 
 def outcome_of(future: Future[Any], name: str) -> Outcome:
-    """What a worker says of an experiment, or what Dask says of the worker."""
+    """What a worker says of an experiment, or what Dask says of the worker; Dask forgets it then."""
     try:
         return Outcome(*future.result())
     except Exception as error:  # KilledWorker, a lost scheduler, whatever a task raises
         return Outcome(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", "the worker's own log")
+    finally:
+        future.release()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,11 @@ class Repository:
             raise UserError(f"the remote {self.remote} does not have the last commit: `git push {self.remote}` first")
         return Sweep(self.commit, source, "", "", {"MLFLOW_TRACKING_URI": uri}, identity)
 
-    def fetch(self, name: str = "*") -> None:
+    def fetch(self, names: Sequence[str] = ("*",)) -> None:
         """Get experiments that workers have pushed: parameters and metrics, which are in git; no data."""
-        if self.remote != HERE:
-            one = reference(self.commit, name)
-            self._git("fetch", "--quiet", self.remote, f"+{one}:{one}")
+        if names and self.remote != HERE:
+            references = [reference(self.commit, name) for name in names]
+            self._git("fetch", "--quiet", self.remote, *(f"+{one}:{one}" for one in references))
 
     def existing(self) -> set[str]:
         """The names of the experiments on the commit."""

@@ -235,6 +235,18 @@ def test_a_dvc_remote_that_each_worker_would_have_of_its_own_is_refused(shared):
         shared("http://server:5000", "../../storage")
 
 
+def test_several_experiments_are_fetched_at_once_and_none_if_none_is_named(shared, source, tmp_path):
+    sweep = shared("http://server:5000", "/shared/storage")
+    for name in ("a=1", "a=2", "a=3"):
+        experiment(tmp_path / "origin", sweep, name)
+    repository = Repository(source, "origin")
+    repository.fetch([])
+    repository.fetch(["a=1", "a=3"])
+    fetched = git("for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps", folder=source)
+    assert fetched.split() == ["a=1", "a=3"]
+    assert repository.existing() == {"a=1", "a=2", "a=3"}
+
+
 def test_two_experiments_at_once_have_two_slots_and_the_first_is_used_again(tmp_path):
     with slot.free_slot(tmp_path) as (first, _), slot.free_slot(tmp_path) as (second, _):
         assert first != second

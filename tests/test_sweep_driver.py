@@ -1,6 +1,7 @@
 """The driver of a sweep on a real Dask cluster inside this process, with experiments that only pretend to run."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,7 +41,7 @@ class Experiments:
     def existing(self) -> set[str]:
         return set(self.there)
 
-    def fetch(self, name: str = "*") -> None:
+    def fetch(self, names: list[str]) -> None:
         pass
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -103,6 +104,22 @@ def test_what_a_task_raises_is_a_failure_of_its_experiment(client, monkeypatch):
     monkeypatch.setattr(experiments, "run", lambda *arguments: 1 / 0)
     [failure] = run_all(client, Grid(POINTS[:1]), experiments, monkeypatch).failures
     assert failure.error == "ZeroDivisionError: division by zero"
+
+
+def test_what_has_finished_meanwhile_is_fetched_at_once(client, monkeypatch):
+    experiments, calls = Experiments(), []
+
+    def fetch(names: list[str]) -> None:
+        while len(experiments.there) < len(POINTS):
+            time.sleep(0.01)
+        time.sleep(0.2)  # for the last one's word to come
+        calls.append(names)
+
+    monkeypatch.setattr(experiments, "fetch", fetch)
+    report = run_all(client, Grid(POINTS), experiments, monkeypatch)
+    fetched = [name for names in calls for name in names]
+    assert sorted(fetched) == sorted(report.metrics) == sorted(map(name_of, POINTS))
+    assert len(calls) < len(POINTS)
 
 
 def test_the_bar_shows_the_best_so_far(client, monkeypatch, capsys):
