@@ -79,29 +79,40 @@ def whole_notebook(epochs: int) -> dict[str, Any]:
 
 
 def pipeline(
-    images: int | None = None, test: bool = False, kept: bool = True, workspace: str | None = None, **changes: Any
+    images: int | None = None,
+    test: bool = False,
+    kept: bool = True,
+    profiled: bool = False,
+    workspace: str | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """``fit`` as the stage train runs it, changed parameters aside; with ``devices`` in so many processes.
 
     ``kept``: with a checkpoint and the losses and samples of each epoch, which go to the journal and on to MLflow.
     ``workspace``: where the journal stays, so that what MLflow has not received can be sent later.
-    Gives ``seconds`` per epoch; ``total``, those of the whole loop; ``test_loss`` in nats per image where asked for.
+    Gives ``seconds`` per epoch; ``total``, those of the whole loop; where asked for ``test_loss`` in nats per image,
+    and, ``profiled`` and so slowed down, ``working``: the seconds of the last epoch in which the device works.
     """
-    from benchmarks.clock import EpochClock
+    from benchmarks.clock import DeviceClock, EpochClock
     from mnist_vae.model.vae import VAEConfig
     from mnist_vae.training.fit import fit
     from mnist_vae.training.processes import processes
 
-    train, x_train, clock = settings(**{"accelerator": "cpu", **changes}), training_images(images), EpochClock()
+    train, x_train = settings(**{"accelerator": "cpu", **changes}), training_images(images)
+    clock, device_clock = EpochClock(), DeviceClock()
     with processes(train, [sys.executable, "-m", "benchmarks.worker", *sys.argv[1:]]) as group, ExitStack() as stack:
         arguments: dict[str, Any] = {"callbacks": [] if kept else [without_checkpoints()]}
         if kept and group.place.rank == 0:
             arguments = stack.enter_context(keeping(train.seed, workspace))
-        arguments["callbacks"].append(clock)
+        arguments["callbacks"] += [clock, device_clock] if profiled else [clock]
         group.join({})
         trained = fit(x_train, VAEConfig(), train, **arguments)
     result = {"seconds": clock.seconds, "total": trained.seconds, "data_bytes": x_train.nbytes}
-    return {**result, "test_loss": test_loss(trained.vae, train.kl_weight)} if test else result
+    if profiled:
+        result["working"] = device_clock.seconds
+    if test:
+        result["test_loss"] = test_loss(trained.vae, train.kl_weight)
+    return result
 
 
 @contextlib.contextmanager

@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from benchmarks.bare import bare_loop
+from benchmarks.clock import DeviceClock, EpochClock, covered
 from benchmarks.measure import MeasurementError, Sample, Worker, alternate, measure
 from benchmarks.questions import FAST, FULL, QUESTIONS, QUICK, answer
 from benchmarks.repro import STAGES, import_seconds, work_ended
@@ -56,6 +59,26 @@ def test_without_checkpoints_keeps_fit_from_writing_any(images, tmp_path):
     fit(images, VAEConfig(), train, checkpoints=tmp_path / "without", callbacks=[without_checkpoints()])
 
     assert [path.parent.name for path in tmp_path.rglob("*.ckpt")] == ["with"]
+
+
+def test_device_clock_takes_the_part_of_the_last_epoch_in_which_the_device_works(images):
+    from mnist_vae.model.vae import VAEConfig
+    from mnist_vae.training.fit import fit
+
+    class Rest(Callback):
+        def on_train_batch_end(self, *_):
+            time.sleep(0.2)
+
+    epochs, device = EpochClock(), DeviceClock()
+
+    fit(images, VAEConfig(), settings(epochs=2, accelerator="cpu"), callbacks=[Rest(), epochs, device])
+
+    assert 0.01 < device.seconds < epochs.seconds[-1] - 0.2
+
+
+def test_covered_counts_once_what_overlaps():
+    assert covered([(7, 8), (0, 4), (1, 2), (3, 5)]) == 6
+    assert covered([]) == 0
 
 
 def test_notebook_does_the_same_optimisation(images, tmp_path, monkeypatch):
