@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,9 +24,8 @@ IMAGES = 60_000
 NOTEBOOK_EPOCHS = 10
 # Time to quality: what docs/experiments.md recommends to those in a hurry.
 FAST = {"schedule": "one_cycle", "batch_size": 128, "learning_rate": 1e-2, "epochs": 4, "threads": 2}
-# Floating-point operations per image of a training step: twice for each weight forward, for its own gradient and for
-# that of its input, which the first layer does not need.
-FLOPS = 6 * (784 * 256 + 256 * 4 + 2 * 256 + 256 * 784) - 2 * 784 * 256
+GPU_TARGETS = {64: 0.1, 4_096: 0.025}  # seconds per epoch by the size of a mini-batch, on an H200
+EQUAL_LOSS = 0.02  # of the loss: other noise alone, which a compiled step may draw, moves it by 1.5 %
 
 
 @dataclass(frozen=True)
@@ -464,29 +463,52 @@ class Bench:
         chip = self.worker("gpu")
         if chip["name"] is None:
             return Section("GPU", f"No GPU was there: `torch.cuda.is_available()` is false (torch {chip['torch']}).")
-        effort, calls = self.effort, {}
-        for size in (64, 512, 4_096):
-            common = {"epochs": effort.epochs + 1, "images": effort.images, "batch_size": size}
-            calls["bare loop", size] = lambda c=common: self.worker("bare", device="cuda", **c)
-            calls["pipeline", size] = lambda c=common: self.worker("pipeline", accelerator="gpu", **c)
-        rows = []
-        for (side, size), runs in alternate(calls, effort.rounds).items():
-            seconds = seconds_per_epoch(runs)
-            rate = effort.images / seconds.median
-            rows.append([side, str(size), seconds.text(), f"{rate:,.0f}", f"{rate * FLOPS / chip['flops']:.2%}"])
+        effort, plain = self.effort, ("32-true", "none")
+        common = {"epochs": effort.fine_epochs + 2, "images": effort.images}
+        calls, trainings = {}, {}
+        for size in GPU_TARGETS:
+            key = ("bare loop", size, *plain)
+            calls[key] = lambda n=size: self.worker("bare", device="cuda", batch_size=n, **common)
+            for precision, mode in product(("32-true", "bf16-mixed"), ("none", "default", "reduce-overhead")):
+                key = ("pipeline", size, precision, mode)
+                changes = {"batch_size": size, "precision": precision, "compile": mode}
+                trainings[key] = {"accelerator": "gpu", **changes, **common}
+                calls[key] = lambda a=trainings[key]: self.worker("pipeline", test=True, **a)
+        found = alternate(calls, effort.rounds)
+        loss = {key: Sample.of(run["test_loss"] for run in found[key]).median for key in trainings}
+        rows, equal = [], {size: [] for size in GPU_TARGETS}  # seconds per epoch of trainings with an equal loss
+        for key, runs in found.items():
+            seconds, size = seconds_per_epoch(runs, warm_up=2), key[1]
+            rows.append([*map(str, key), seconds.text(4), f"{effort.images / seconds.median:,.0f}"])
+            if key in trainings:
+                working = self.worker("pipeline", profiled=True, **trainings[key])["working"]
+                usual = loss["pipeline", size, *plain]
+                more = loss[key] - usual
+                rows[-1] += [f"{working / seconds.median:.0%}", f"{loss[key]:.2f}", f"{more:+.2f}"]
+                if abs(more) <= EQUAL_LOSS * usual:
+                    equal[size].append(seconds.median)
         return Section(
             "GPU",
-            f"{chip['name']}. The peak is that of a large float32 matrix product here, {chip['flops'] / 1e12:.1f} "
-            f"TFLOP/s; a training step takes {FLOPS / 1e6:.2f} MFLOP per image. The pipeline's seconds include journal "
-            "and checkpoints. The first epoch is dropped.",
-            ["contender", "batch", "s per epoch", "images/s", "of the peak"],
-            rows,
+            f"{chip['name']}. Seconds per epoch of the pipeline as in the stage train, with journal and checkpoints: "
+            "in float32 and with layers in bfloat16 (`train.precision`), with a plain step, a compiled one and one "
+            "that is replayed as CUDA graphs (`train.compile`: none, default, reduce-overhead); next to it the bare "
+            "loop. The first two epochs are dropped: the first ends with a smaller mini-batch, for which a step is "
+            "compiled again. How long the GPU works in an epoch, with kernels or copies, is from one more run, under "
+            "torch's profiler; the share is of the median epoch without it. The loss is that on the test images after "
+            f"{plural(common['epochs'], 'epoch')}, in nats per image, next to that of float32 with a plain step; one "
+            f"no more than {EQUAL_LOSS:.0%} of it away counts as equal. The limits are meant for an H200.",
+            ["contender", "batch", "precision", "compile", "s per epoch", "images/s", "GPU works", "loss", "− plain"],
+            [row + [""] * (9 - len(row)) for row in rows],
+            [
+                Limit(f"fastest epoch with an equal loss, batch {size}", min(equal[size]), target, "s")
+                for size, target in GPU_TARGETS.items()
+            ],
         )
 
 
-def seconds_per_epoch(runs: list[dict[str, Any]]) -> Sample:
-    """The mean of each run's epochs but the first, the warm-up."""
-    return Sample.of(mean(run["seconds"][1:]) for run in runs)
+def seconds_per_epoch(runs: list[dict[str, Any]], warm_up: int = 1) -> Sample:
+    """The mean of each run's epochs but the first ones, the warm-up."""
+    return Sample.of(mean(run["seconds"][warm_up:]) for run in runs)
 
 
 def plural(number: int, what: str) -> str:

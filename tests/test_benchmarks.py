@@ -5,16 +5,19 @@ import re
 import subprocess
 import sys
 import time
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.profiler import record_function
 
+from benchmarks import worker
 from benchmarks.bare import bare_loop
 from benchmarks.clock import DeviceClock, EpochClock, covered
 from benchmarks.measure import MeasurementError, Sample, Worker, alternate, measure
-from benchmarks.questions import FAST, FULL, QUESTIONS, QUICK, answer
+from benchmarks.questions import FAST, FULL, QUESTIONS, QUICK, Bench, answer
 from benchmarks.repro import STAGES, import_seconds, work_ended
 from benchmarks.results import Limit, Section, machine, render
 from benchmarks.worker import parameters, repeated, settings, without_checkpoints
@@ -67,13 +70,23 @@ def test_device_clock_takes_the_part_of_the_last_epoch_in_which_the_device_works
 
     class Rest(Callback):
         def on_train_batch_end(self, *_):
-            time.sleep(0.2)
+            with record_function("an annotation, which is no work"):
+                time.sleep(0.2)
 
     epochs, device = EpochClock(), DeviceClock()
 
     fit(images, VAEConfig(), settings(epochs=2, accelerator="cpu"), callbacks=[Rest(), epochs, device])
 
     assert 0.01 < device.seconds < epochs.seconds[-1] - 0.2
+
+
+def test_pipeline_says_how_long_the_device_worked_where_asked_for(images, monkeypatch):
+    monkeypatch.setattr(worker, "training_images", lambda count: images)
+
+    plain, profiled = (worker.pipeline(kept=False, profiled=profiled, epochs=1) for profiled in (False, True))
+
+    assert "working" not in plain
+    assert 0 < profiled["working"] < profiled["seconds"][-1]
 
 
 def test_covered_counts_once_what_overlaps():
@@ -210,6 +223,61 @@ def test_machine_names_memory_versions_and_commit():
     assert re.search(r"cores, \d+ GiB", text)
     assert f"torch {torch.__version__}" in text
     assert re.search(r"Commit: ([0-9a-f]{40}, with(out)? uncommitted changes|unknown)", text)
+
+
+@pytest.fixture
+def gpu_bench(monkeypatch):
+    """A bench on a made-up GPU. CUDA graphs in bfloat16 are the fastest, and only their loss is far from the plain one.
+
+    A plain epoch at batch 64 takes half a second.
+    """
+
+    def answers(self, task, epochs=0, images=0, device="", test=False, profiled=False, **changes):
+        if task == "gpu":
+            return {"name": "Made-up GPU", "torch": "2"}
+        train = settings(**changes)  # every name and value is one that params.yaml may have
+        assert (images, device or train.accelerator) == (QUICK.images, "cuda" if task == "bare" else "gpu")
+        speed = {"none": 1, "default": 2, "reduce-overhead": 4}[train.compile] * train.batch_size / 64
+        speed *= 2 if train.precision == "bf16-mixed" else 1
+        loss = {1: 155.0, 8: 159.0}.get(speed * 64 / train.batch_size, 154.75)
+        answer = {"seconds": [9.0, 9.0] + [0.5 / speed] * (epochs - 2)}
+        return answer | ({"test_loss": loss} if test else {}) | ({"working": 0.125 / speed} if profiled else {})
+
+    monkeypatch.setattr(Bench, "worker", answers)
+    return Bench(ROOT, QUICK)
+
+
+def test_gpu_has_a_row_for_each_batch_precision_and_compile(gpu_bench):
+    section = gpu_bench.gpu()
+
+    assert section.about.startswith("Made-up GPU.")
+    assert {len(row) for row in section.rows} == {len(section.columns)}
+    pipeline = [tuple(row[1:4]) for row in section.rows if row[0] == "pipeline"]
+    modes = ("none", "default", "reduce-overhead")
+    assert sorted(pipeline) == sorted(product(("64", "4096"), ("32-true", "bf16-mixed"), modes))
+    assert ["bare loop", "64", "32-true", "none", "0.5000", "12,800", "", "", ""] in section.rows
+    assert ["pipeline", "64", "32-true", "none", "0.5000", "12,800", "25%", "155.00", "+0.00"] in section.rows
+    assert ["pipeline", "64", "bf16-mixed", "default", "0.1250", "51,200", "25%", "154.75", "-0.25"] in section.rows
+    assert section.rows[-1][-2:] == ["159.00", "+4.00"]
+
+
+def test_gpu_limits_are_for_the_fastest_epoch_with_an_equal_loss(gpu_bench):
+    limits = gpu_bench.gpu().limits
+
+    fastest = 0.5 / 4  # at eight times the plain step's speed the loss is another
+    assert [limit.value for limit in limits] == [fastest, fastest / 64]
+    assert [limit.limit for limit in limits] == [0.1, 0.025]
+    assert [limit.holds for limit in limits] == [False, True]
+
+
+def test_gpu_measures_nothing_where_there_is_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Bench, "worker", lambda self, task: asked.append(task) or {"name": None, "torch": "2.13.0"})
+
+    section = Bench(ROOT, QUICK).gpu()
+
+    assert asked == ["gpu"]
+    assert section == Section("GPU", "No GPU was there: `torch.cuda.is_available()` is false (torch 2.13.0).")
 
 
 def test_fast_setting_is_valid():
