@@ -62,7 +62,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--suggest", type=count, metavar="N", help="let Optuna choose N points instead of running a grid")
     add("--storage", metavar="URL", help="Optuna's database (default: a file in .dvc/tmp/sweep)")
-    add("--metric", help="of metrics/evaluate.json, to compare by (default: nll, by its name for data.binarize)")
+    add(
+        "--metric",
+        help="of metrics/evaluate.json, to compare by (default: nll, or with data.binarize nll_…)",
+    )
     add("--direction", choices=["minimize", "maximize"], help="default: what is better for the metric")
     add("--jobs", type=count, help="experiments at once on this machine (default: cores / (threads × devices))")
     add(

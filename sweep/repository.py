@@ -99,6 +99,8 @@ class Repository:
             uri = f"{SQLITE}{self.root / DATABASE}"
         elif uri.startswith(SQLITE):
             uri = f"{SQLITE}{self.root / uri.removeprefix(SQLITE)}"
+        elif is_relative(uri):
+            uri = str(self.root / uri.removeprefix("file:"))
         mirror = os.environ.get("MNIST_MIRROR")
         if mirror and "://" not in mirror:
             mirror = str(self.root / mirror)
@@ -131,7 +133,7 @@ class Repository:
 def is_relative(address: str) -> bool:
     """Whether an address is a path that means another place in each folder."""
     path = address.removeprefix(SQLITE).removeprefix("file:")
-    return "://" not in path and not path.startswith("/")
+    return "://" not in path and not path.startswith("/") and not address.startswith("databricks")
 
 
 def redacted(text: str) -> str:

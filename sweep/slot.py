@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 FOLDER = "sweep-slots"  # in a worker's current folder, unless its SWEEP_FOLDER names another
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of another repository
@@ -82,9 +82,12 @@ def run_in_slot(sweep: Sweep, name: str, overrides: list[str]) -> Outcome:
                 pass_fds=[lock],
                 start_new_session=True,  # Ctrl-C at the driver is not for the experiment, which would call it failed
             )
-            if process.wait() == 0 or is_there(sweep, name):  # of another scheduler's worker, which was first
+            if process.wait() == 0:
                 return Outcome(name)
             error = reason(log.read_text(errors="replace"), f"ended with status {process.returncode}")
+            with suppress(subprocess.CalledProcessError):
+                if is_there(sweep, name):  # another scheduler's worker was first
+                    return Outcome(name)
         except subprocess.CalledProcessError as failure:
             said = (failure.stderr or "").splitlines()
             fatal = [line for line in said if line.startswith(("fatal: ", "error: "))]
@@ -128,9 +131,13 @@ def prepare(slot: Path, sweep: Sweep) -> None:
         scratch.rename(slot)
     # This process alone uses the slot, so what locks it is left from one that was killed.
     for left in (slot / ".git").rglob("*.lock"):
-        left.unlink()
-    with FileLock(slot / ".dvc" / "tmp" / "stage.lock", timeout=PATIENCE_S):  # a stage holds it for as long as it lives
-        shutil.rmtree(slot / ".dvc" / "tmp", ignore_errors=True)
+        left.unlink(missing_ok=True)
+    lock = slot / ".dvc" / "tmp" / "stage.lock"  # a stage holds it for as long as it lives, and writes there who it is
+    try:
+        with FileLock(lock, timeout=PATIENCE_S):
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    except Timeout as error:
+        raise TimeoutError(f"another stage still works in {slot} ({lock.read_text()}); end that process") from error
     git("remote", "set-url", "origin", sweep.source, folder=slot)
     for entry, value in sweep.identity.items():
         git("config", entry, value, folder=slot)

@@ -104,7 +104,7 @@ def overrides(point: Point) -> list[str]:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as params.yaml and Hydra's grammar both have it: null, true, [400,200], 0.001, '/my images (all)'."""
+    """A value as Hydra's grammar has it: null, true, [400,200], 0.001, '/my images (all)'."""
     match value:
         case None:
             return "null"

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -46,8 +47,11 @@ class Suggestions:
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction=way, load_if_exists=True)
             trials = study.get_trials(deepcopy=False)
-            # A seed of its own for each start: a sampler forgets how far it was, and would choose the same again.
-            study.sampler = optuna.samplers.TPESampler(seed=1 + len(trials), constant_liar=True)
+            # A seed of its own for each start, and for each driver beside others: a sampler forgets how far it was, and
+            # would choose the same again.
+            is_alone = all(trial.user_attrs.get(DRIVER, driver) == driver for trial in trials)
+            seed = 1 + len(trials) + (0 if is_alone else zlib.crc32(driver.encode()))
+            study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)
         except Exception as error:  # whatever a database raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"--storage: {redacted(storage)} does not open: {redacted(reason)}") from error

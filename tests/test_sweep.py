@@ -15,7 +15,7 @@ import pytest
 from mnist_vae.errors import UserError
 from sweep import __main__ as command
 from sweep import slot
-from sweep.repository import Repository
+from sweep.repository import HERE, Repository
 from sweep.slot import Outcome, Sweep, git, reference
 from sweep.space import Range, grid, name_of, overrides, read_space
 
@@ -217,7 +217,7 @@ def shared(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     return call
 
 
-@pytest.mark.parametrize("uri", ["http://server:5000", "sqlite:////shared/mlflow.db"])
+@pytest.mark.parametrize("uri", ["http://server:5000", "sqlite:////shared/mlflow.db", "databricks"])
 @pytest.mark.parametrize("url", ["s3://bucket/folder", "/shared/storage", "~/storage"])
 def test_a_sweep_over_machines_takes_what_is_the_same_for_all_workers(shared, tmp_path, uri, url):
     sweep = shared(uri, url)
@@ -228,6 +228,12 @@ def test_a_sweep_over_machines_takes_what_is_the_same_for_all_workers(shared, tm
 def test_a_store_that_each_worker_would_have_of_its_own_is_refused(shared, uri):
     with pytest.raises(UserError, match=f"^MLFLOW_TRACKING_URI is {uri}, a relative path"):
         shared(uri, "/shared/storage")
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:mlruns"])
+def test_on_one_machine_a_relative_store_is_the_folders_own(source, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Repository(source, HERE).sweep().environment["MLFLOW_TRACKING_URI"] == str(source / "mlruns")
 
 
 def test_a_dvc_remote_that_each_worker_would_have_of_its_own_is_refused(shared):

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +290,13 @@ def test_a_failed_experiment_is_told_to_optuna_as_failed(client, monkeypatch, tm
     report = run_all(client, suggestions(storage, 1), experiments, monkeypatch)
     assert [failure.name for failure in report.failures] == [first]
     assert [trial.state for trial in trials(storage)] == [TrialState.FAIL]
+
+
+def test_drivers_at_one_study_do_not_ask_for_the_same_points(tmp_path):
+    next(suggestions(tmp_path / "optuna.db", 20).points())
+    here, there = (suggestions(tmp_path / "optuna.db", 20, driver) for driver in ("there", "elsewhere"))
+
+    assert [*islice(here.points(), 3)] != [*islice(there.points(), 3)]
 
 
 def test_a_storage_that_does_not_open_is_told_without_its_password():
