@@ -117,7 +117,7 @@ class Delivery:
             case _ if file is None:  # no reason to send nothing more
                 print(f"{record.payload} is missing or damaged in {self.journal.folder}", file=sys.stderr)
             case Image():
-                self.store.log_image(run_id, file, record.key, record.step, record.at)
+                self.store.log_image(run_id, file, record.key, record.step)
             case File():
                 self.store.client.log_artifact(run_id, str(file), record.folder)
             case Description():

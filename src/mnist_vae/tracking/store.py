@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from uuid import NAMESPACE_OID, uuid5
 
 from filelock import FileLock
 
@@ -52,7 +53,7 @@ class Store:
             UserError: it does not open; no password is in the message.
         """
         self.workspace, self.uri = workspace, tracking_uri(workspace)
-        self._frames: dict[str, dict[str, str]] = {}  # by run: names of files, by key and step
+        self._started: dict[str, int] = {}  # when runs that have frames began, in ms
         self._flushed: set[tuple[Path, int]] = set()  # what the disk holds, by path and when it was last written
         given = os.environ.get("MLFLOW_TRACKING_URI")
         self.database = database_of(workspace)
@@ -164,24 +165,21 @@ class Store:
         history = (self.client.get_metric_history(run_id, name) for name in names)
         return {(point.key, point.step) for points in history for point in points}
 
-    def log_image(self, run_id: str, png: Path, key: str, step: int, at: int) -> None:
+    def log_image(self, run_id: str, png: Path, key: str, step: int) -> None:
         """Record one frame of a slider, once.
 
-        MLflow's own ``log_image`` gives its two files a new name each time: done again after a kill, it leaves two
-        frames. Here names are those of the frame that is there already, or come from when and what it is.
+        MLflow's own ``log_image`` gives its two files a new name each time: done again after a kill, or by another
+        clone, it leaves two frames. Here names follow from the run, the key and the step.
         """
         from PIL import Image
 
-        mark, full, small = "+timestamp+", ".png", "+compressed.webp"
-        if run_id not in self._frames:
-            names = (Path(artifact.path).name for artifact in self.client.list_artifacts(run_id, "images"))
-            stems = (name.removesuffix(small).removesuffix(full) for name in names)
-            self._frames[run_id] = {stem.partition(mark)[0]: stem for stem in stems}
+        if run_id not in self._started:
             self.set_tags(run_id, {"mlflow.loggedImages": "True"})
+            self._started[run_id] = self.client.get_run(run_id).info.start_time
         frame = f"{key}+step+{step}"
-        stem = self._frames[run_id].setdefault(frame, f"{frame}{mark}{at}+{png.parent.name}")
+        stem = f"{frame}+timestamp+{self._started[run_id] + step}+{uuid5(NAMESPACE_OID, frame)}"
         with TemporaryDirectory() as scratch, Image.open(png) as image:
-            for suffix in (full, small):
+            for suffix in (".png", "+compressed.webp"):
                 file = Path(scratch, stem + suffix)
                 image.save(file)
                 self.client.log_artifact(run_id, str(file), "images")
