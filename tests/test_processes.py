@@ -132,15 +132,14 @@ def test_fit_refuses_to_be_alone_where_several_processes_are_asked_for(images):
         fit(images, CONFIG, settings(devices=2))
 
 
-def test_a_host_with_too_few_gpus_is_refused_before_anything_starts(monkeypatch):
+def test_a_host_with_too_few_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    group = Processes(settings(devices=2, accelerator="auto"), ["no program"])
+    group = Processes(settings(devices=2, accelerator="auto"), [])
+    group.store = torch.distributed.HashStore()
 
-    with pytest.raises(UserError, match=re.escape("train.devices is 2, and this host has 1 GPU(s)")):
-        group.start()
-
-    assert group.children == []
+    with pytest.raises(UserError, match=re.escape("has 1 GPU(s) for 2 processes: lower train.devices")):
+        group.join({})
 
 
 # waiting for each other

@@ -291,6 +291,15 @@ ADDRESSES = ("10.99.0.1", "10.99.0.2")
 
 
 @pytest.fixture
+def clone(tmp_path):
+    """A clone of the working tree with small parameters and their data."""
+    folder = clone_working_tree(tmp_path / "mnist-vae")
+    set_params(folder, SMALL)
+    run(folder, "dvc", "repro", "download")
+    return folder
+
+
+@pytest.fixture
 def hosts() -> Iterator[tuple[tuple[str, ...], ...]]:
     """For each of two hosts the command that runs another one there."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -326,25 +335,23 @@ def files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
-def test_torchrun_over_two_hosts_follows_the_losses_of_one_process(host, hosts, losses_of_one):
+@pytest.mark.parametrize("first", [TRAIN[1:], ("--no-python", "dvc", "repro", "train")], ids=["stage", "dvc"])
+def test_torchrun_over_two_hosts_follows_the_losses_of_one_process(clone, hosts, losses_of_one, first):
     options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", ADDRESSES[0], "--master-port", "29511"]
-    with second_host(host) as other:
+    with second_host(clone) as other:
         stages = [
-            Stage(folder, *there, "torchrun", *options, "--node-rank", str(number), *TRAIN[1:])
-            for number, (folder, there) in enumerate(zip((host, other), hosts, strict=True))
+            Stage(folder, *there, "torchrun", *options, "--node-rank", str(number), *what)
+            for number, (folder, there, what) in enumerate(zip((clone, other), hosts, (first, TRAIN[1:]), strict=True))
         ]
         for stage in stages:
             stage.succeed()
 
-    assert_follows(host, losses_of_one)
+    assert_follows(clone, losses_of_one)
+    assert ("up to date" in run(clone, "dvc", "status", "train").stdout) == ("dvc" in first)
 
 
-def test_dvc_repro_on_the_first_host_prints_the_line_of_the_second_and_records_the_result(
-    tmp_path, hosts, losses_of_one
-):
-    clone = clone_working_tree(tmp_path / "mnist-vae")
-    set_params(clone, SMALL | {"train.nodes": 2})
-    run(clone, "dvc", "repro", "download")
+def test_dvc_repro_on_the_first_host_prints_the_line_of_the_second_and_records_the_result(clone, hosts, losses_of_one):
+    set_params(clone, {"train.nodes": 2})
     with second_host(clone) as other:
         first = Stage(clone, *hosts[0], "dvc", "repro", "train", MASTER_ADDR=ADDRESSES[0])
         line = first.wait_for_line("NODE_RANK=1")

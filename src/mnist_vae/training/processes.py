@@ -139,23 +139,18 @@ class Processes:
         return self.settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
 
     def _size(self) -> str:
-        """How many processes this host expects, and where."""
+        """The parameters that say how many processes there are, in words."""
         return f"train.nodes {self.settings.nodes} and train.devices {self.settings.devices}"
 
     def start(self) -> None:
         """Start the other processes of this host, so that they load what they need while this one does.
 
         Raises:
-            UserError: the port of the first process is taken, or this host has too few GPUs.
+            UserError: the port of the first process is taken.
         """
         if self.is_alone:
             return
         here = self.place
-        if self._is_on_cuda and here.local_processes > torch.cuda.device_count():
-            raise UserError(
-                f"params.yaml: train.devices is {here.local_processes}, and this host has "
-                f"{torch.cuda.device_count()} GPU(s); lower it, or set train.accelerator to cpu"
-            )
         if here.rank == 0 and not _is_store_of_torchrun():
             # A training on one host takes any free port: several may run side by side.
             self._port = self._port if self.settings.nodes > 1 or here.is_launched else 0
@@ -186,12 +181,17 @@ class Processes:
         """Wait for all processes, which must be ``about`` the same, and bring them together.
 
         Raises:
-            UserError: a process has not come, has failed, or is about another training.
+            UserError: a process has not come, has failed, or is about another training, or this host has too few GPUs.
         """
         if self.is_alone:
             return
         here = self.place
         store = self.store = self.store or self._reach()
+        if self._is_on_cuda and here.local_processes > (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"{socket.gethostname()} has {gpus} GPU(s) for {here.local_processes} processes: lower train.devices "
+                "(or torchrun's --nproc-per-node), or set train.accelerator to cpu"
+            )
         own = {"host": socket.gethostname(), "about": dict(about)}
         store.set(f"process {here.rank}", json.dumps(own))
         records = [json.loads(store.get(key)) for key in self._wait_for_all(store, "process")]

@@ -1,4 +1,4 @@
-"""The mean gradient of the processes of one host, through memory that they share.
+"""The mean gradient of the processes of one host, and the sum of their losses, through memory that they share.
 
 gloo would send the gradients of all weights through sockets after each mini-batch, and its barrier alone takes longer
 than the averaging. Here each process writes its gradients into shared memory, counts there how often it has written,
@@ -56,7 +56,7 @@ class SharedMemoryStrategy(DDPStrategy):
         Raises:
             ProcessLostError: another process has ended, or has not come for ANSWER_S seconds.
         """
-        if reduce_op != "sum" or tensor.numel() > len(self.total):
+        if reduce_op != "sum" or tensor.dtype != self.total.dtype or tensor.numel() > len(self.total):
             return super().reduce(tensor, group, reduce_op)
         return self._sum([tensor.flatten()], torch.empty(tensor.numel())).view_as(tensor)
 
