@@ -154,7 +154,7 @@ def uses(finished_pipeline, tmp_path_factory) -> dict[str, Use]:
     images = folder / "images"
     images.mkdir()
     for name in ("x_train", "x_test"):
-        np.save(images / f"{name}.npy", np.zeros((1, 28, 28), np.uint8))
+        np.save(images / f"{name}.npy", np.zeros((6, 28, 28), np.uint8))
     mnist = params.read_text()
     params.write_text(mnist.replace("dataset: mnist", f"dataset: {images}"))
     run(clone, sys.executable, "-c", DRIVER, "download", folder / "own.json", env=OFFLINE | {"PYTHONPATH": "src"})

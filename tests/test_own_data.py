@@ -107,8 +107,8 @@ def test_labels_may_be_whole_numbers_of_any_type(folder):
         ({"x_train": ARRAYS["x_train"].reshape(30, 784)}, "it holds uint8 of shape (30, 784)"),
         ({"x_train": ARRAYS["x_train"] / 255}, "it holds float64 of shape (30, 28, 28)"),
         ({"x_train": ARRAYS["x_train"].astype(np.uint16)}, "it holds uint16; pixels are 0 to 255, as uint8"),
-        ({"x_test": ARRAYS["x_test"][:0]}, "cannot be read as uint8 images (N, 28, 28): it holds 0, and"),
-        ({"x_train": ARRAYS["x_train"][:5]}, "it holds 5, and evaluation needs at least 6"),
+        ({"x_test": ARRAYS["x_test"][:0]}, "cannot be read as uint8 images (N, 28, 28): it holds 0 images, and"),
+        ({"x_train": ARRAYS["x_train"][:5]}, "it holds 5 images, and evaluation needs at least 6"),
         ({"y_train": ARRAYS["y_train"][:0]}, "30 train images with 0 labels"),
         (
             {"y_train": np.full(30, 3)},

@@ -17,7 +17,9 @@ def opened(monkeypatch):
     return addresses
 
 
-@pytest.mark.parametrize("uri", ["https://mlflow.example.org", "https://mlflow.example.org/"])
+@pytest.mark.parametrize(
+    "uri", ["https://mlflow.example.org", "https://mlflow.example.org/", "https://ada:secret@mlflow.example.org"]
+)
 def test_of_a_server_its_own_page_is_opened(monkeypatch, opened, capsys, uri):
     monkeypatch.setattr("mnist_vae.tracking.store.Store", lambda workspace: SimpleNamespace(uri=uri, experiment="7"))
 

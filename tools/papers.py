@@ -245,12 +245,11 @@ def main() -> None:
     try:
         for name in sys.argv[1:] or rows:
             ref = reference(name)
-            results = read_results()
-            known = results.get(name)
+            known = read_results().get(name)
             if not ref or not is_current(ref, rows[name]):
                 run(name, rows[name])
                 known = None
-            results[name] = where_made(result(name, rows[name]), known)
+            results = {**read_results(), name: where_made(result(name, rows[name]), known)}
             for one, row in rows.items():  # a comparison is as new as both its rows
                 if row.compared_with and one in results and name in (one, row.compared_with):
                     error = gain_error(one, row.compared_with, rows)

@@ -13,13 +13,14 @@ import threading
 import time
 import webbrowser
 from pathlib import Path
+from urllib.parse import urlsplit
 
 HOST, PORT = "127.0.0.1", 5000
 
 
 def main() -> None:
     from mnist_vae.errors import UserError
-    from mnist_vae.tracking.store import Store, redact
+    from mnist_vae.tracking.store import Store
 
     try:
         store = Store(Path.cwd())  # made where there is none, before MLflow's server would make one
@@ -27,7 +28,8 @@ def main() -> None:
         sys.exit(f"ui: {error}")
     page = f"/#/experiments/{store.experiment}/runs"
     if store.uri.startswith("http"):
-        address = redact(store.uri.rstrip("/")) + page
+        parts = urlsplit(store.uri.rstrip("/"))
+        address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() + page  # without a password
         print(f"The runs of this project: {address}", flush=True)
         webbrowser.open(address)
         return

@@ -80,7 +80,7 @@ def _read(file: Path, array: str, scratch: Path) -> Images:
         if found.ndim != len(side) + 1 or found.shape[1:] != side or found.dtype.kind not in ("u" if side else "ui"):
             raise ValueError(f"it holds {found.dtype} of shape {found.shape}")
         if side and len(found) < FEWEST:
-            raise ValueError(f"it holds {len(found)}, and evaluation needs at least {FEWEST}")
+            raise ValueError(f"it holds {len(found)} images, and evaluation needs at least {FEWEST}")
         if side and found.dtype != np.uint8:
             raise ValueError(f"it holds {found.dtype}; pixels are 0 to 255, as uint8")
         return found.view(np.ndarray) if side else _labels(found)
