@@ -1,6 +1,7 @@
 """A stage's end of tracking: it writes to the journal, and has a process beside it send that to MLflow.
 
-Tracking never costs, delays or fails a stage: what MLflow does not take now stays in the journal.
+Tracking fails no stage, and delays it at its end only, by WAIT_S at most: what MLflow does not take now stays in the
+journal.
 """
 
 import io
