@@ -163,28 +163,22 @@ def test_a_claim_is_the_first_ones(store, run_id):
     assert stored(store, run_id).data.tags["render_grid.key"] == "a"
 
 
-def test_flush_artifacts_has_every_file_and_folder_on_the_disk(store, workspace, run_id, tmp_path, monkeypatch):
-    file = tmp_path / "grid.png"
-    file.write_bytes(b"picture")
-    store.client.log_artifact(run_id, str(file), "plots")
+@pytest.mark.parametrize("folder", ["plots", ""])
+def test_a_logged_file_and_all_folders_above_it_are_on_the_disk(
+    store, workspace, run_id, tmp_path, monkeypatch, folder
+):
     flushed = []
     monkeypatch.setattr(module, "flush_to_disk", flushed.append)
-
-    store.flush_artifacts(f"{store.artifacts}/{run_id}")
-
-    folder = workspace / "mlruns" / EXPERIMENT / run_id
-    wanted = [folder / "artifacts/plots/grid.png", folder / "artifacts/plots", folder / "artifacts", folder]
-    assert {*wanted, folder.parent, workspace / "mlruns", workspace} <= set(flushed)
-
-    for name in ("grid.png", "samples.png"):  # what is there already, again; then another file
-        file = file.rename(tmp_path / name)
+    for name in ("samples.png", "100 % of it.png"):
+        file = tmp_path / name
+        file.write_bytes(b"picture")
         flushed.clear()
-        store.client.log_artifact(run_id, str(file), "plots")
-        store.flush_artifacts(f"{store.artifacts}/{run_id}")
+        store.log_file(run_id, file, folder)
 
-        assert folder / "artifacts/plots" / name in flushed
-    assert folder / "artifacts/plots" in flushed
-    assert folder / "artifacts/plots/grid.png" not in flushed  # else the work grows with the number of epochs
+    artifacts = workspace / "mlruns" / EXPERIMENT / run_id / "artifacts"
+    kept = artifacts / folder / name
+    assert kept.read_bytes() == b"picture"
+    assert set(flushed) == {kept, *(path for path in kept.parents if path.is_relative_to(workspace))}  # and no other
 
 
 def test_flush_artifacts_leaves_a_servers_artifacts_to_it(store, monkeypatch):

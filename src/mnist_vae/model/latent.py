@@ -19,7 +19,6 @@ Bytes = NDArray[np.uint8]
 
 SIDE = 28
 BLOCK = 250  # images at a time: memory does not grow with their number, and what a layer computes stays in the cache
-
 MEASURED = 100_000  # images whose codes are held at a time
 
 

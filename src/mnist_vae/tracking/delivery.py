@@ -64,9 +64,6 @@ class Delivery:
                 records = list(self.journal.read())
             for batch, offset in _batches(records):
                 self._send(batch)
-                if hasattr(batch[0], "payload"):  # what counts as sent is never sent again
-                    run_id = self.sent.runs[batch[0].place]
-                    self.store.flush_artifacts(f"{self.store.artifacts}/{run_id}")
                 self.sent.offset = offset
                 write_json(self.path, self.sent.model_dump())
 
@@ -119,7 +116,7 @@ class Delivery:
             case Image():
                 self.store.log_image(run_id, file, record.key, record.step)
             case File():
-                self.store.client.log_artifact(run_id, str(file), record.folder)
+                self.store.log_file(run_id, file, record.folder)
             case Description():
                 self.store.describe(run_id, record.text, file)
             case Models():

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from uuid import NAMESPACE_OID, uuid5
 
 from filelock import FileLock
@@ -54,7 +54,6 @@ class Store:
         """
         self.workspace, self.uri = workspace, tracking_uri(workspace)
         self._started: dict[str, int] = {}  # when runs that have frames began, in ms
-        self._flushed: set[tuple[Path, int]] = set()  # what the disk holds, by path and when it was last written
         given = os.environ.get("MLFLOW_TRACKING_URI")
         self.database = database_of(workspace)
         try:
@@ -182,7 +181,7 @@ class Store:
             for suffix in (".png", "+compressed.webp"):
                 file = Path(scratch, stem + suffix)
                 image.save(file)
-                self.client.log_artifact(run_id, str(file), "images")
+                self.log_file(run_id, file, "images")
 
     def log_dataset(self, run_id: str, about: Mapping[str, Any]) -> None:
         """Record what was trained on, searchable by name and digest."""
@@ -192,19 +191,25 @@ class Store:
 
     def describe(self, run_id: str, text: str, picture: Path) -> None:
         """What the run's page shows first: a picture over a line of Markdown."""
-        self.client.log_artifact(run_id, str(picture))
+        self.log_file(run_id, picture)
         shown = f"![picture](get-artifact?path={picture.name}&run_uuid={run_id})"  # relative to MLflow's own page
         self.set_tags(run_id, {"mlflow.note.content": f"{shown}\n\n{text}"})
 
+    def log_file(self, run_id: str, file: Path, folder: str = "") -> None:
+        """Record a copy of a file as an artifact of a run, in a folder or beside them all."""
+        self.client.log_artifact(run_id, str(file), folder or None)
+        self.flush_artifacts(f"{self.artifacts}/{run_id}/artifacts/{folder}/{quote(file.name)}")
+
     def flush_artifacts(self, location: str) -> None:
-        """Have the disk hold a folder of artifacts, for which MLflow does not wait; a server looks after its own."""
-        folder = Path(unquote(urlsplit(location).path))
-        if location.startswith("file:") and folder.is_dir():
-            above = (parent for parent in folder.parents if parent.is_relative_to(self.workspace))
-            files = {(path, path.stat().st_ctime_ns) for path in folder.rglob("*")}
-            for path in (*(path for path, _ in files - self._flushed), folder, *above):
+        """Have the disk hold an artifact, or a folder of them, for which MLflow does not wait.
+
+        A server looks after its own.
+        """
+        artifact = Path(unquote(urlsplit(location).path))
+        if location.startswith("file:") and artifact.exists():
+            above = (parent for parent in artifact.parents if parent.is_relative_to(self.workspace))
+            for path in (*artifact.rglob("*"), artifact, *above):
                 flush_to_disk(path)
-            self._flushed |= files
 
     def end_run(self, run_id: str, status: str, reason: str, at: int) -> None:
         """Say how a run ended, and why if not well; one that has this status already keeps its time."""
