@@ -21,6 +21,7 @@ from benchmarks.questions import FAST, FULL, QUESTIONS, QUICK, Bench, answer
 from benchmarks.repro import STAGES, import_seconds, work_ended
 from benchmarks.results import Limit, Section, machine, render
 from benchmarks.worker import parameters, repeated, settings, without_checkpoints
+from mnist_vae.data.dataset import save_dataset
 from tools.clone import ROOT
 
 
@@ -123,6 +124,14 @@ def test_worker_answers_with_its_result_and_its_memory(tmp_path):
     assert "name" in result
     assert result["peak_bytes"] > 50e6
     assert result["wall"] > 0
+
+
+def test_worker_trains_in_several_processes_also_where_nothing_is_kept(tmp_path, digits_dataset):
+    save_dataset(tmp_path / "dataset", digits_dataset)
+
+    result = measure("pipeline", tmp_path, devices=2, kept=False, images=640, epochs=2)
+
+    assert len(result["seconds"]) == 2
 
 
 def test_worker_that_failed_says_why(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from mnist_vae.errors import UserError
 from sweep import __main__ as command
@@ -341,6 +342,18 @@ def test_an_experiment_that_fails_says_why_and_where_its_log_is(source, tmp_path
     assert outcome.error == "train: the reason"
     log = Path(outcome.log.partition(":")[2])
     assert log.read_text() == "train: the reason\n"
+
+
+def test_a_stage_that_does_not_end_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(slot, "PATIENCE_S", 0.1)
+    sweep, place = sweep_of(source, tmp_path), tmp_path / "slot-0"
+    slot.prepare(place, sweep)
+    lock = place / ".dvc" / "tmp" / "stage.lock"
+    lock.parent.mkdir()
+    with FileLock(lock):
+        lock.write_text("train, process 7")
+        outcome = slot.run_in_slot(sweep, "a=1", [])
+    assert outcome.error == f"another stage still works in {place} (train, process 7); end that process"
 
 
 def test_a_source_that_cannot_be_reached_is_a_failure_with_its_reason(source, tmp_path):
