@@ -25,7 +25,7 @@ NOTEBOOK_EPOCHS = 10
 # Time to quality: what docs/experiments.md recommends to those in a hurry.
 FAST = {"schedule": "one_cycle", "batch_size": 128, "learning_rate": 1e-2, "epochs": 4, "threads": 2}
 GPU_TARGETS = {64: 0.1, 4_096: 0.025}  # seconds per epoch by the size of a mini-batch, on an H200
-EQUAL_LOSS = 0.02  # of the loss: other noise alone, which a compiled step may draw, moves it by 1.5 %
+EQUAL_LOSS = 0.02  # of the loss, for the other noise that a compiled step may draw
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def prepare() -> dict[str, Any]:
     """
     from benchmarks.notebook import fetch_mnist
     from mnist_vae.data.dataset import save_dataset
-    from mnist_vae.model.latent import encode
+    from mnist_vae.model.latent import mean_kld
     from mnist_vae.model.model_file import SavedModel, save_model
     from mnist_vae.model.vae import VAEConfig
     from mnist_vae.sources.mnist import download_mnist
@@ -43,8 +43,7 @@ def prepare() -> dict[str, Any]:
 
     quick = settings(epochs=1, batch_size=256, learning_rate=5e-3, schedule="one_cycle", accelerator="cpu")
     vae = fit(mnist.x_train, VAEConfig(), quick).vae
-    kld_per_dim = encode(vae, mnist.x_test).kld().mean(dim=0).tolist()
-    save_model(TRAINED, SavedModel(vae, mnist.title, kld_per_dim, "benchmark"))
+    save_model(TRAINED, SavedModel(vae, mnist.title, mean_kld(vae, mnist.x_test), "benchmark"))
     return {}
 
 

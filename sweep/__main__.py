@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--storage", metavar="URL", help="Optuna's database (default: a file in .dvc/tmp/sweep)")
     add(
         "--metric",
-        help="of metrics/evaluate.json, to compare by (default: nll, or with data.binarize nll_…)",
+        help="of metrics/evaluate.json, to compare by (default: nll, nll_static or nll_dynamic)",
     )
     add("--direction", choices=["minimize", "maximize"], help="default: what is better for the metric")
     add("--jobs", type=count, help="experiments at once on this machine (default: cores / (threads × devices))")

@@ -50,8 +50,8 @@ class Suggestions:
             # A seed of its own for each start, and for each driver beside others: a sampler forgets how far it was, and
             # would choose the same again.
             is_alone = all(trial.user_attrs.get(DRIVER, driver) == driver for trial in trials)
-            seed = 1 + len(trials) + (0 if is_alone else zlib.crc32(driver.encode()))
-            study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)
+            seed = 1 + len(trials) if is_alone else zlib.crc32(f"{driver} {len(trials)}".encode())
+            study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         except Exception as error:  # whatever a database raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"--storage: {redacted(storage)} does not open: {redacted(reason)}") from error

@@ -294,9 +294,9 @@ def test_a_failed_experiment_is_told_to_optuna_as_failed(client, monkeypatch, tm
 
 def test_drivers_at_one_study_do_not_ask_for_the_same_points(tmp_path):
     next(suggestions(tmp_path / "optuna.db", 20).points())
-    here, there = (suggestions(tmp_path / "optuna.db", 20, driver) for driver in ("there", "elsewhere"))
+    one, other = (suggestions(tmp_path / "optuna.db", 20, driver) for driver in ("there", "elsewhere"))
 
-    assert [*islice(here.points(), 3)] != [*islice(there.points(), 3)]
+    assert [*islice(one.points(), 3)] != [*islice(other.points(), 3)]
 
 
 def test_a_storage_that_does_not_open_is_told_without_its_password():
