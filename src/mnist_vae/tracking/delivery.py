@@ -58,7 +58,7 @@ class Delivery:
         with self.lock.acquire(timeout=patience):
             self.sent = self._read_sent()
             records = list(self.journal.read(self.sent.offset))
-            if self._is_run_gone({MAIN, *(record.place for record, _ in records)}) or self._is_second():
+            if self._is_lost({record.place for record, _ in records}):
                 print(f"{self.journal.fingerprint}: its run is gone, all is sent again", file=sys.stderr)
                 self.sent, self._seen = Sent(store=self.store.identity), {}
                 records = list(self.journal.read())
@@ -80,19 +80,21 @@ class Delivery:
             pass
         return Sent(store=self.store.identity)
 
-    def _is_run_gone(self, places: set[str]) -> bool:
-        """Whether a run of these places was deleted meanwhile."""
-        runs = {run_id for place, run_id in self.sent.runs.items() if place in places}
-        return any(self.store.active_run(run_id) is None for run_id in runs)
+    def _is_lost(self, places: set[str]) -> bool:
+        """Whether the training's run, or that of one of these places, was deleted meanwhile or has to go.
 
-    def _is_second(self) -> bool:
-        """Whether another machine has made a run of this training at the same time, and that one stays."""
-        mine = self.sent.runs.get(MAIN)
-        first = self.store.find_run(self.journal.fingerprint, MAIN) if mine else None
-        if mine is None or first is None or first.info.run_id == mine:
+        It has to where another machine has made a run of the same training at the same time, and that one stays.
+        """
+        main = self.sent.runs.get(MAIN)
+        if main is None:
             return False
-        for run_id in set(self.sent.runs.values()):
-            self.store.discard_run(run_id, first.info.run_id)
+        first = self.store.find_run(self.journal.fingerprint, MAIN)
+        if first is not None and first.info.run_id == main:
+            runs = {run_id for place, run_id in self.sent.runs.items() if place in places and run_id != main}
+            return any(self.store.active_run(run_id) is None for run_id in runs)
+        if first is not None and self.store.active_run(main) is not None:
+            for run_id in set(self.sent.runs.values()):
+                self.store.discard_run(run_id, first.info.run_id)
         return True
 
     def _send(self, records: list[AnyRecord]) -> None:

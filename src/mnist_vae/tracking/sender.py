@@ -27,7 +27,7 @@ from mnist_vae.tracking.journal import MAIN, Begin, End, Journal, journals
 from mnist_vae.tracking.process import is_gone
 from mnist_vae.tracking.store import Store, database_of, first_line
 
-POLL_S = 0.1
+POLL_S = 0.5  # between two looks at the journals
 PAUSES_S = (0.5, 1, 2, 5)  # before a store that failed is asked again; the last one from then on
 LAST_S = 10  # when the stage is over: for another program at the store or the journal, and for what was left
 LEAVE_S = 60  # when the stage is over, whatever a server does
@@ -43,6 +43,7 @@ class Sender:
         self.workspace, self.stage, self.process = workspace, stage, process
         self.followed = list(followed)
         self.closed = threading.Event()
+        self.news = threading.Event()  # of another training, or that the input has ended
         self.store: Store | None = None
         self.database: tuple[int, int] | None = None
         self.deliveries: dict[str, Delivery] = {}
@@ -55,7 +56,9 @@ class Sender:
         """Take down the names of trainings from the standard input."""
         for line in sys.stdin:
             self.followed.append(line.strip())
+            self.news.set()
         self.closed.set()
+        self.news.set()
 
     def run(self) -> None:
         """Send until the input has ended and nothing is left, or the store does not take it."""
@@ -85,8 +88,11 @@ class Sender:
             is_refused = failures > 1 and LOCKED not in self.reason
             if is_over and (is_refused or (is_swept and not self.reason) or time.monotonic() - over_since > LAST_S):
                 break
-            pause = PAUSES_S[min(failures, len(PAUSES_S)) - 1] if failures else POLL_S
-            time.sleep(pause) if is_over else self.closed.wait(pause)
+            pause = POLL_S if is_swept or self.reason else 0
+            if failures:
+                pause = PAUSES_S[min(failures, len(PAUSES_S)) - 1]
+            time.sleep(pause) if is_over else self.news.wait(pause)
+            self.news.clear()
         self.watch_machine(None, "")
 
     def open_store(self) -> Store:
