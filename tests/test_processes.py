@@ -12,7 +12,7 @@ import torch
 
 from mnist_vae.errors import UserError
 from mnist_vae.training import processes as processes_module
-from mnist_vae.training import shared_memory
+from mnist_vae.training import strategies
 from mnist_vae.training.data_module import CHUNK, Chunks, share_of_each
 from mnist_vae.training.fit import fit
 from mnist_vae.training.processes import Place, Processes, ProcessLostError, Share, place, processes
@@ -142,28 +142,36 @@ def test_a_host_with_too_few_gpus_is_refused(monkeypatch):
         group.join({})
 
 
-# waiting for each other
+# dividing the weights, and waiting for each other
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "parts"),
+    [([5, 1, 4], 1, [0, 0, 0]), ([5, 1, 4], 2, [0, 1, 1]), ([2, 3], 3, [1, 0]), ([4, 3, 3, 2], 2, [0, 1, 1, 0])],
+)
+def test_weights_are_divided_into_parts_of_about_equal_size(sizes, count, parts):
+    assert strategies.equal_parts(sizes, count) == parts
 
 
 @pytest.fixture
 def strategy(monkeypatch):
-    """That of the first of two processes, which have both written once."""
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(shared_memory, "LATE_S", 0.1)
-    strategy = shared_memory.SharedMemoryStrategy()
+    """That of the first of two processes, which have both come once."""
+    monkeypatch.setattr(strategies, "LATE_S", 0.1)
+    strategy = strategies.SharedMemoryStrategy()
+    strategy.rank = 0
     strategy.arrivals = np.array([1, 1])
     strategy.pids = [os.getpid(), os.getpid()]
     return strategy
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
-def test_a_process_waits_until_the_other_has_written_as_often(strategy, seconds):
-    def write():
+def test_a_process_waits_until_the_other_has_come_as_often(strategy, seconds):
+    def come():
         seen.append(list(strategy.arrivals))
         strategy.arrivals[1] = 2
 
     seen = []
-    timer = threading.Timer(seconds, write)
+    timer = threading.Timer(seconds, come)
     timer.start()
     strategy._wait_for_all()
 
@@ -184,7 +192,7 @@ def test_a_process_that_has_ended_is_not_waited_for(strategy, is_reaped):
 
 
 def test_a_process_that_runs_is_not_waited_for_beyond_the_limit(strategy, monkeypatch):
-    monkeypatch.setattr(shared_memory, "ANSWER_S", 0.3)
+    monkeypatch.setattr(strategies, "ANSWER_S", 0.3)
 
     with pytest.raises(ProcessLostError, match="process 2 of 2 has not answered for"):
         strategy._wait_for_all()

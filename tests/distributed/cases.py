@@ -13,12 +13,13 @@ cure_torchvision()
 import lightning as L  # noqa: E402  after the cure
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from lightning.pytorch.plugins.precision import Precision  # noqa: E402
 from torch import nn  # noqa: E402
 
 from mnist_vae.training import data_module  # noqa: E402
 from mnist_vae.training.fit import fit  # noqa: E402
 from mnist_vae.training.processes import processes  # noqa: E402
-from mnist_vae.training.shared_memory import IS_POSSIBLE, SharedMemoryStrategy  # noqa: E402
+from mnist_vae.training.strategies import IS_POSSIBLE, SharedMemoryStrategy  # noqa: E402
 from tests.training import CONFIG, Recorder, settings, weights  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {  # for 100 images
@@ -54,33 +55,49 @@ class Seen(L.Callback):
         self.strategy = type(trainer.strategy).__name__
 
 
-MEANS = 10  # mini-batches
+STEPS = 10
+SIZES = [3, 2, 1]  # of weights
 
 
-def means(rank: int) -> dict[str, Any]:
-    """What a process gets for its gradients rank², rank² + 1, …, where the later ones read more slowly.
+class SlowPrecision(Precision):
+    """Changes weights late."""
 
-    And for sums of such numbers, fewer and more of them than there are gradients.
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(self.seconds)
+        return optimizer.step()
+
+
+def sums(rank: int) -> dict[str, Any]:
+    """What a process has after each step down the gradients rank², rank² + 1, …, and which of them are its own.
+
+    And what sums of such numbers come to, fewer and more of them than there are weights. The later processes are slow.
     """
+    seconds = 0.02 * rank
     module = L.LightningModule()
-    module.weight = nn.Parameter(torch.zeros(3))
-    strategy = SharedMemoryStrategy()
+    module.weights = nn.ParameterList([torch.zeros(size) for size in SIZES])
+    strategy = SharedMemoryStrategy(precision_plugin=SlowPrecision(seconds))
     strategy.connect(module)
     strategy.configure_ddp()
-    wait, got = strategy._wait_for_all, []
+    optimizer, wait, weights_seen = torch.optim.SGD(module.parameters(), lr=1), strategy._wait_for_all, []
 
     def wait_and_be_slow() -> None:
         wait()
-        time.sleep(0.02 * rank)
+        time.sleep(seconds)
 
     strategy._wait_for_all = wait_and_be_slow
-    for step in range(MEANS):
-        module.weight.grad = torch.full((3,), float(rank**2 + step))
+    for step in range(STEPS):
+        for weight in module.weights:
+            weight.grad = torch.full_like(weight, float(rank**2 + step))
         strategy.post_backward(torch.zeros(()))
-        got.append(float(module.weight.grad.unique()))
-    fewer, more = (torch.full((2, half), float(rank**2)) for half in (1, 2))
-    sums = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, more, fewer)]
-    return {"means": got, "sums": [total.tolist() for total in sums]}
+        strategy.optimizer_step(optimizer, lambda: None)
+        weights_seen.append([weight.tolist() for weight in module.weights])
+    own = [number for number, weight in enumerate(module.weights) if weight.grad is not None]
+    fewer, more = (torch.full((2, half), float(rank**2)) for half in (1, sum(SIZES)))
+    totals = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, more, fewer)]
+    return {"weights": weights_seen, "own": own, "sums": [total.tolist() for total in totals]}
 
 
 def main(count: int, images: Path, folder: Path) -> None:
@@ -91,7 +108,7 @@ def main(count: int, images: Path, folder: Path) -> None:
     with processes(settings(devices=count), command) as group:
         group.join({})
         if count > 1 and IS_POSSIBLE:
-            (folder / f"means, {group.place.rank}.json").write_text(json.dumps(means(group.place.rank)))
+            (folder / f"sums, {group.place.rank}.json").write_text(json.dumps(sums(group.place.rank)))
         for name, case in CASES.items():
             changes = dict(case)
             redraw_seed, logger = changes.pop("redraw_seed", None), Recorder()

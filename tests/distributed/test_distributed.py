@@ -17,8 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
-from mnist_vae.training.shared_memory import IS_POSSIBLE
-from tests.distributed.cases import CASES, MEANS
+from mnist_vae.training.strategies import IS_POSSIBLE
+from tests.distributed.cases import CASES, SIZES, STEPS
 from tests.pipeline import clone_working_tree, run, set_params
 from tools.clone import ROOT, environment
 
@@ -89,18 +89,20 @@ def test_all_processes_end_with_the_same_history_and_only_the_first_logs_it(fitt
 
 @WHERE_MEMORY_IS_SHARED
 @pytest.mark.parametrize("count", COUNTS[1:])
-def test_a_gradient_is_the_mean_over_processes_also_where_some_read_slowly(fitted, count):
+def test_all_step_down_the_sum_of_gradients_also_where_some_are_slow(fitted, count):
     total = sum(rank**2 for rank in range(count))
+    after = [-sum(total + count * step for step in range(steps)) for steps in range(1, STEPS + 1)]
+    outcomes = [json.loads((fitted[count] / f"sums, {rank}.json").read_text()) for rank in range(count)]
 
-    for rank in range(count):
-        got = json.loads((fitted[count] / f"means, {rank}.json").read_text())
-        assert got["means"] == pytest.approx([total / count + step for step in range(MEANS)])
-        assert got["sums"] == [[[total]] * 2, [[total] * 2] * 2, [[total]] * 2]
+    for outcome in outcomes:
+        assert outcome["weights"] == [[[value] * size for size in SIZES] for value in after]
+        assert outcome["sums"] == [[[total]] * 2, [[total] * sum(SIZES)] * 2, [[total]] * 2]
+    assert sorted(number for outcome in outcomes for number in outcome["own"]) == [*range(len(SIZES))]
 
 
 @WHERE_MEMORY_IS_SHARED
 @pytest.mark.parametrize("count", COUNTS[1:])
-def test_on_one_host_gradients_go_through_shared_memory(fitted, count):
+def test_on_one_host_processes_share_memory(fitted, count):
     assert result(fitted[count], "held out")["strategy"] == "SharedMemoryStrategy"
 
 

@@ -41,7 +41,7 @@ from mnist_vae.training.checkpoints import (
 from mnist_vae.training.data_module import ImagesDataModule
 from mnist_vae.training.module import Losses, VAETraining
 from mnist_vae.training.processes import Share, own_share
-from mnist_vae.training.shared_memory import IS_POSSIBLE, SharedMemoryStrategy
+from mnist_vae.training.strategies import IS_POSSIBLE, SharedMemoryStrategy, SummingDDPStrategy
 
 
 class Fit(NamedTuple):
@@ -158,7 +158,7 @@ def _trainer(
         # The process group is there already. Lightning reads from the environment what torchrun, too, leaves there.
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         can_share = IS_POSSIBLE and devices == share.processes and dist.get_backend() == "gloo"
-        strategy = SharedMemoryStrategy() if can_share else DDPStrategy(gradient_as_bucket_view=True)
+        strategy = SharedMemoryStrategy() if can_share else SummingDDPStrategy(gradient_as_bucket_view=True)
         plugins.append(TorchElasticEnvironment())
         nodes = share.processes // devices
     try:

@@ -126,8 +126,7 @@ class VAETraining(L.LightningModule):
             rising = None if weight == self.settings.kl_weight else torch.tensor(weight, device=self.device)
             minimised, terms = self.terms(x, images, kl_weight=rising)
             optimizer.zero_grad()
-            # Of several processes, Lightning's strategy averages the gradients, and ours is that of the sum.
-            self.manual_backward(minimised if self.share.is_all else minimised * self.share.processes)
+            self.manual_backward(minimised)
             optimizer.step()
             if schedule is not None:
                 schedule.step()
