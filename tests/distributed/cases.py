@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {  # for 100 images
         "validation_size": 31,
         "patience": 1,
         "min_delta": 1e6,
+        "eps": 1.0,
     },
     "layers in bfloat16": {"epochs": 2, "precision": "bf16-mixed"},
     "beyond the window, from a file": {"epochs": 2, "shuffle_window": 32, "validation_size": 31},
@@ -130,6 +131,7 @@ def main(count: int, images: Path, folder: Path) -> None:
                 "best_epoch": trained.best_epoch,
                 "logged": logger.records,
                 "weights": weights(trained.vae).tolist(),
+                "is_shared": any(weight.is_shared() for weight in trained.vae.parameters()),
             }
             (folder / f"{name}, {group.place.rank}.json").write_text(json.dumps(result))
 

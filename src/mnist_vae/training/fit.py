@@ -126,10 +126,12 @@ def fit(
             raise
         seconds = time.perf_counter() - started
         best_epoch = len(module.history)
-        if best and share.rank == 0:
-            chosen = load_checkpoint(path_of(folder, BEST))
-            module.load_state_dict(chosen["state_dict"])
-            best_epoch = len(chosen["history"])
+        if best:
+            chosen = [load_checkpoint(path_of(folder, BEST)) if share.rank == 0 else {}]
+            if not share.is_all:
+                dist.broadcast_object_list(chosen, src=0)
+            module.load_state_dict(chosen[0]["state_dict"])
+            best_epoch = len(chosen[0]["history"])
     return Fit(module.vae.cpu(), module.history, best_epoch, seconds, epochs)
 
 

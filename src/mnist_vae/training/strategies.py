@@ -167,7 +167,10 @@ def has_ended(pid: int) -> bool:
 
 
 def shared(tensor: Tensor) -> Tensor:
-    """A copy, in memory that all processes have, of a tensor that is equal in all of them."""
+    """A copy, in memory that all processes have, of a tensor that is equal in all of them.
+
+    In a memory of its own: with a tensor, a checkpoint keeps all of the memory that it is part of.
+    """
     return shared_memory(tensor.numel(), tensor.dtype).copy_(tensor.flatten()).view_as(tensor)
 
 
