@@ -375,7 +375,7 @@ def test_last_checkpoint_does_not_take_damaged_members_with_checksums_that_fit(
 def test_last_checkpoint_does_not_take_another_programs_checkpoint(checkpoint_folder: Path, content: Any) -> None:
     archive = io.BytesIO()
     torch.save(content, archive)
-    (checkpoint_folder / "last.ckpt").write_bytes(checkpoints.seal(archive.getvalue()))
+    (checkpoint_folder / "last.ckpt").write_bytes(checkpoints.seal(archive))
 
     assert last_checkpoint(checkpoint_folder, validation=False) == (None, 0)
 
@@ -395,7 +395,7 @@ def test_last_checkpoint_runs_no_code(checkpoint_folder: Path, tmp_path: Path, s
     archive = io.BytesIO()
     content = {"history": [], "state_dict": RunsCode(tmp_path / "trace")}
     torch.save(content, archive) if save == "torch" else pickle.dump(content, archive)
-    (checkpoint_folder / "last.ckpt").write_bytes(checkpoints.seal(archive.getvalue()))
+    (checkpoint_folder / "last.ckpt").write_bytes(checkpoints.seal(archive))
 
     assert last_checkpoint(checkpoint_folder, validation=False) == (None, 0)
 

@@ -339,7 +339,7 @@ def test_fit_does_not_run_the_code_in_a_checkpoint(images, tmp_path):
     folder.mkdir()
     file = io.BytesIO()
     torch.save({"history": [], "generators": Touch(made)}, file)
-    path_of(folder, LAST).write_bytes(seal(file.getvalue()))
+    path_of(folder, LAST).write_bytes(seal(file))
     torch.load(path_of(folder, LAST), weights_only=False)
     assert made.exists()  # so it would run
     made.unlink()

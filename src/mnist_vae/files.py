@@ -102,7 +102,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write bytes."""
     with atomic_write(path) as scratch:
         scratch.write_bytes(content)

@@ -36,16 +36,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         archive = io.BytesIO()
         torch.save(checkpoint, archive)
-        write_bytes(Path(path), seal(archive.getvalue()))
+        write_bytes(Path(path), seal(archive))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return load_checkpoint(Path(path)) if self.received is None else unseal(self.received, path)
 
 
-def seal(archive: bytes) -> bytes:
-    """A zip archive with its SHA-256 as the comment that such an archive may end in: torch compares no checksums."""
-    length = DIGEST.to_bytes(2, "little")  # in place of the last two bytes, which say that there is no comment
-    return archive[:-2] + length + hashlib.sha256(archive).hexdigest().encode()
+def seal(archive: io.BytesIO) -> memoryview:
+    """Give a zip archive its SHA-256 as the comment that it may end in: torch compares no checksums."""
+    digest = hashlib.sha256(archive.getbuffer()).hexdigest().encode()
+    archive.seek(-2, io.SEEK_END)  # where an archive says that it has no comment
+    archive.write(DIGEST.to_bytes(2, "little") + digest)
+    return archive.getbuffer()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def unseal(sealed: bytes, path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not what was written.
     """
-    if seal(sealed[: -2 - DIGEST] + bytes(2)) != sealed:
+    if seal(io.BytesIO(sealed[: -2 - DIGEST] + bytes(2))) != sealed:
         raise ValueError(f"{path} is damaged")
     content: dict[str, Any] = torch.load(io.BytesIO(sealed), map_location="cpu", weights_only=True)
     return content
