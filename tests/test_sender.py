@@ -20,10 +20,11 @@ import numpy as np
 import psutil
 import pytest
 
+from mnist_vae.tracking import sender
 from mnist_vae.tracking.delivery import Delivery
 from mnist_vae.tracking.journal import Journal, Metrics, Models
 from mnist_vae.tracking.process import process_name
-from mnist_vae.tracking.sender import send_left_behind, sync
+from mnist_vae.tracking.sender import Sender, send_left_behind, sync
 from mnist_vae.tracking.session import Session
 from mnist_vae.tracking.store import DATABASE, EXPERIMENT, Store
 from tests.tracking import (
@@ -611,6 +612,27 @@ def test_a_training_is_seen_while_it_lasts_and_the_machine_with_it(workspace):
     assert session.outcome["reason"] == ""
     assert_complete(workspace, stages=("train",))
     assert len({*runs(workspace)[0]["machine"]}) == len(runs(workspace)[0]["machine"])
+
+
+def test_a_sender_that_waits_is_woken_by_a_training_and_by_its_end(workspace, monkeypatch):
+    reading, writing = os.pipe()
+    monkeypatch.setattr(sender, "POLL_S", 10 * PATIENCE_S)
+    monkeypatch.setattr(sender, "_leave_in", lambda seconds: None)  # it would end the tests
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+    waiting = Sender(workspace, "render_grid", process_name())
+    following = threading.Thread(target=waiting.run, daemon=True)
+
+    with os.fdopen(writing, "w") as told:
+        following.start()
+        until(lambda: waiting.store is not None)
+        time.sleep(1)  # it has sent what there is, nothing, and waits
+        journal = tell(workspace)
+        print(journal.fingerprint, file=told, flush=True)
+        until(lambda: is_received(workspace, max(EPOCHS)))
+    following.join(PATIENCE_S)
+
+    assert not following.is_alive()
+    assert_complete(workspace)
 
 
 def test_a_stage_that_ends_before_it_begins_waits_for_nothing(workspace, capsys):
