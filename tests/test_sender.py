@@ -108,6 +108,22 @@ def test_all_that_was_told_is_sent_to_one_run(workspace, journal):
     assert Delivery(Store(workspace), journal).pending() == 0
 
 
+def test_the_metrics_of_several_epochs_are_sent_in_one_batch(workspace, journal, monkeypatch):
+    store, sizes = Store(workspace), []
+    log_metrics = store.log_metrics
+
+    def counted(run_id, metrics):
+        sizes.append(len(metrics))
+        log_metrics(run_id, metrics)
+
+    monkeypatch.setattr(store, "log_metrics", counted)
+
+    Delivery(store, journal).send()
+
+    assert sizes == [2 * len(EPOCHS)]
+    assert_complete(workspace)
+
+
 def test_sending_twice_changes_nothing(workspace, journal):
     deliver(workspace, journal)
     before = whole_content(workspace)

@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
 
 from filelock import FileLock
 from pydantic import BaseModel, Field
@@ -62,10 +61,12 @@ class Delivery:
                 print(f"{self.journal.fingerprint}: its run is gone, all is sent again", file=sys.stderr)
                 self.sent, self._seen = Sent(store=self.store.identity), {}
                 records = list(self.journal.read())
-            for batch, offset in _batches(records):
-                self._send(batch)
+            self._send_metrics([record for record, _ in records if isinstance(record, Metrics)])
+            for record, offset in records:
+                self._send(record)
                 self.sent.offset = offset
-                write_json(self.path, self.sent.model_dump())
+                if not isinstance(record, Metrics) or offset == records[-1][1]:
+                    write_json(self.path, self.sent.model_dump())
 
     def pending(self) -> int:
         """Records that the store has not received."""
@@ -97,13 +98,13 @@ class Delivery:
                 self.store.discard_run(run_id, first.info.run_id)
         return True
 
-    def _send(self, records: list[AnyRecord]) -> None:
-        """Records of one place: metrics in any number, or one other."""
-        record, run_id = records[0], self._run(records[0].place, records[0].at)
+    def _send(self, record: AnyRecord) -> None:
+        """A record; metrics have been sent before, all together."""
+        run_id = self._run(record.place, record.at)
         file = self.journal.find_payload(record.payload) if hasattr(record, "payload") else None
         match record:
             case Metrics():
-                self._send_metrics(run_id, [one for one in records if isinstance(one, Metrics)])
+                pass
             case Begin():
                 self._begin(run_id, record)
             case Tags():
@@ -127,19 +128,26 @@ class Delivery:
                 main = self._run(MAIN, record.at)
                 self.champion = register_models(self.store, main, file, record.measured_on, record.nll)
 
-    def _send_metrics(self, run_id: str, records: list[Metrics]) -> None:
-        """Metrics that the run does not have; a clone's journal of the same training may have told them before."""
-        if run_id not in self._seen:
-            self._seen[run_id] = self.store.logged_metrics(run_id)
-        seen = self._seen[run_id]
-        points = [
-            (name, value, record.step, record.at)
-            for record in records
-            for name, value in record.values.items()
-            if (name, record.step) not in seen
-        ]
-        self.store.log_metrics(run_id, points)
-        seen.update((name, step) for name, _, step, _ in points)
+    def _send_metrics(self, records: list[Metrics]) -> None:
+        """Metrics, those of a run in one batch: however many they are, a store takes about as long for it.
+
+        Not those that the run has: a clone's journal of the same training may have told them before.
+        """
+        by_run: dict[str, list[Metrics]] = {}
+        for record in records:
+            by_run.setdefault(self._run(record.place, record.at), []).append(record)
+        for run_id, told in by_run.items():
+            if run_id not in self._seen:
+                self._seen[run_id] = self.store.logged_metrics(run_id)
+            seen = self._seen[run_id]
+            points = [
+                (name, value, record.step, record.at)
+                for record in told
+                for name, value in record.values.items()
+                if (name, record.step) not in seen
+            ]
+            self.store.log_metrics(run_id, points)
+            seen.update((name, step) for name, _, step, _ in points)
 
     def _begin(self, run_id: str, record: Begin) -> None:
         """What a run is about, and who works at it; a later stage of the training's run adds its parameters only."""
@@ -191,18 +199,3 @@ class Delivery:
                     self.store.set_tags(run.info.run_id, {"mlflow.parentRunId": main})
                 self.sent.runs[place] = run.info.run_id
         return self.sent.runs[place]
-
-
-def _batches(records: Iterable[tuple[AnyRecord, int]]) -> Iterator[tuple[list[AnyRecord], int]]:
-    """Neighbouring metrics of one place together, all else one by one, each with the offset behind it."""
-    batch: list[AnyRecord] = []
-    end = 0
-    for record, offset in records:
-        joins = isinstance(record, Metrics) and batch and isinstance(batch[-1], Metrics)
-        if batch and not (joins and batch[-1].place == record.place):
-            yield batch, end
-            batch = []
-        batch.append(record)
-        end = offset
-    if batch:
-        yield batch, end
