@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.precision import Precision  # noqa: E402
 from torch import nn  # noqa: E402
 
 from mnist_vae.training import data_module  # noqa: E402
-from mnist_vae.training.fit import fit  # noqa: E402
+from mnist_vae.training import fit as fitting  # noqa: E402
 from mnist_vae.training.processes import processes  # noqa: E402
 from mnist_vae.training.strategies import IS_POSSIBLE, SharedMemoryStrategy  # noqa: E402
 from tests.training import CONFIG, Recorder, settings, weights  # noqa: E402
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {  # for 100 images
     "pixels drawn": {"epochs": 2, "redraw_seed": 5},
     "several draws of z": {"epochs": 2, "importance_samples": 3},
     "stopped early": {"epochs": 5, "patience": 1, "min_delta": 1e6},
-    "held out": {"epochs": 3, "learning_rate": 0.1, "validation_size": 31},
+    "held out": {"epochs": 5, "learning_rate": 0.1, "validation_size": 31},
     "all at once": {
         "epochs": 5,
         "batch_size": 23,
@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {  # for 100 images
         "min_delta": 1e6,
         "eps": 1.0,
     },
+    "resumed twice, and once when it was over": {"epochs": [1, 2, 3, 3]},
+    "by DDP": {"epochs": 2, "eps": 1.0},
     "layers in bfloat16": {"epochs": 2, "precision": "bf16-mixed"},
     "beyond the window, from a file": {"epochs": 2, "shuffle_window": 32, "validation_size": 31},
 }
@@ -97,7 +99,7 @@ def sums(rank: int) -> dict[str, Any]:
         weights_seen.append([weight.tolist() for weight in module.weights])
     own = [number for number, weight in enumerate(module.weights) if weight.grad is not None]
     fewer, more = (torch.full((2, half), float(rank**2)) for half in (1, sum(SIZES)))
-    totals = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, more, fewer)]
+    totals = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, fewer + 1, more)]
     return {"weights": weights_seen, "own": own, "sums": [total.tolist() for total in totals]}
 
 
@@ -113,18 +115,21 @@ def main(count: int, images: Path, folder: Path) -> None:
         for name, case in CASES.items():
             changes = dict(case)
             redraw_seed, logger = changes.pop("redraw_seed", None), Recorder()
-            chosen = settings(**changes, devices=count)
+            epochs = changes.pop("epochs")
             data_module.IN_MEMORY = 0 if "shuffle_window" in case else IN_MEMORY
+            fitting.IS_POSSIBLE = IS_POSSIBLE and name != "by DDP"
             first = group.place.rank == 0
             seen = Seen()
-            trained = fit(
-                np.load(images),
-                CONFIG,
-                chosen,
-                redraw_seed=redraw_seed,
-                logger=logger if first else None,
-                callbacks=[seen],
-            )
+            for until in epochs if isinstance(epochs, list) else [epochs]:
+                trained = fitting.fit(
+                    np.load(images),
+                    CONFIG,
+                    settings(**changes, epochs=until, devices=count),
+                    redraw_seed=redraw_seed,
+                    logger=logger if first else None,
+                    callbacks=[seen],
+                    checkpoints=folder / "checkpoints" if isinstance(epochs, list) else None,
+                )
             result = {
                 "strategy": seen.strategy,
                 "history": trained.history,

@@ -97,7 +97,7 @@ def test_all_step_down_the_sum_of_gradients_also_where_some_are_slow(fitted, cou
 
     for outcome in outcomes:
         assert outcome["weights"] == [[[value] * size for size in SIZES] for value in after]
-        assert outcome["sums"] == [[[total]] * 2, [[total] * sum(SIZES)] * 2, [[total]] * 2]
+        assert outcome["sums"] == [[[total]] * 2, [[total + count]] * 2, [[total] * sum(SIZES)] * 2]
     assert sorted(number for outcome in outcomes for number in outcome["own"]) == [*range(len(SIZES))]
 
 
@@ -105,6 +105,13 @@ def test_all_step_down_the_sum_of_gradients_also_where_some_are_slow(fitted, cou
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_on_one_host_processes_share_memory(fitted, count):
     assert result(fitted[count], "held out")["strategy"] == "SharedMemoryStrategy"
+    assert result(fitted[count], "by DDP")["strategy"] == "SummingDDPStrategy"
+
+
+def test_the_best_epoch_of_a_case_is_not_its_last(fitted):
+    held_out = result(fitted[1], "held out")
+
+    assert held_out["best_epoch"] < len(held_out["history"])
 
 
 # the stage, on one host

@@ -127,11 +127,14 @@ def fit(
         seconds = time.perf_counter() - started
         best_epoch = len(module.history)
         if best:
-            chosen = [load_checkpoint(path_of(folder, BEST)) if share.rank == 0 else {}]
+            chosen: list[Any] = [None, None]
+            if share.rank == 0:
+                loaded = load_checkpoint(path_of(folder, BEST))
+                chosen = [loaded["state_dict"], len(loaded["history"])]
             if not share.is_all:
                 dist.broadcast_object_list(chosen, src=0)
-            module.load_state_dict(chosen[0]["state_dict"])
-            best_epoch = len(chosen[0]["history"])
+            weights, best_epoch = chosen
+            module.load_state_dict(weights)
     return Fit(module.vae.cpu(), module.history, best_epoch, seconds, epochs)
 
 

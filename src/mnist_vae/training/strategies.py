@@ -41,6 +41,8 @@ class SharedMemoryStrategy(DDPStrategy):
     2020, https://arxiv.org/abs/1910.02054) without any messages.
     """
 
+    weights: Sequence[Tensor] = ()
+
     def configure_ddp(self) -> None:
         """Move the weights, which are equal in all processes, to memory that these share."""
         assert self.lightning_module is not None
@@ -105,11 +107,11 @@ class SharedMemoryStrategy(DDPStrategy):
         self._wait_for_all()
         return result
 
-    def on_train_end(self) -> None:
+    def teardown(self) -> None:
         """Give each process weights of its own."""
         for weight in self.weights:
             weight.data = weight.data.clone()
-        self._wait_for_all()
+        super().teardown()
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         """The sum of a tensor over all processes, in shared memory where it fits.
@@ -150,7 +152,7 @@ class SharedMemoryStrategy(DDPStrategy):
 
 
 def equal_parts(sizes: Sequence[int], count: int) -> list[int]:
-    """To which of ``count`` parts each size goes for these to be about equal: the largest first, to what has least."""
+    """To which of ``count`` parts each size goes: the largest first, to what has least by then."""
     parts, loads = [0] * len(sizes), [0] * count
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         parts[number] = loads.index(min(loads))
