@@ -630,7 +630,7 @@ def test_a_training_is_seen_while_it_lasts_and_the_machine_with_it(workspace):
     assert len({*runs(workspace)[0]["machine"]}) == len(runs(workspace)[0]["machine"])
 
 
-def test_a_sender_that_waits_is_woken_by_a_training_and_by_its_end(workspace, monkeypatch):
+def test_a_sender_that_waits_is_woken_by_a_training_and_at_the_end_waits_for_another_sender(workspace, monkeypatch):
     reading, writing = os.pipe()
     monkeypatch.setattr(sender, "POLL_S", 10 * PATIENCE_S)
     monkeypatch.setattr(sender, "_leave_in", lambda seconds: None)  # it would end the tests
@@ -645,10 +645,16 @@ def test_a_sender_that_waits_is_woken_by_a_training_and_by_its_end(workspace, mo
         journal = tell(workspace)
         print(journal.fingerprint, file=told, flush=True)
         until(lambda: is_received(workspace, max(EPOCHS)))
+        until(lambda: Delivery(waiting.store, journal).pending() == 0)
+        assert_complete(workspace)
+        with filelock.FileLock(journal.folder / "sender.lock"):
+            journal.append(Metrics(values={"train/loss": 7.0}, step=7))
+            told.close()
+            until(lambda: waiting.reason)
     following.join(PATIENCE_S)
 
     assert not following.is_alive()
-    assert_complete(workspace)
+    assert is_received(workspace, 7)
 
 
 def test_a_stage_that_ends_before_it_begins_waits_for_nothing(workspace, capsys):

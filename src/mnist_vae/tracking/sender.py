@@ -28,10 +28,12 @@ from mnist_vae.tracking.process import is_gone
 from mnist_vae.tracking.store import Store, database_of, first_line
 
 POLL_S = 2  # between two looks at the journals
+LAST_POLL_S = 0.1  # the same when the stage is over, and waits
 PAUSES_S = (0.5, 1, 2, 5)  # before a store that failed is asked again; the last one from then on
 LAST_S = 10  # when the stage is over: for another program at the store or the journal, and for what was left
 LEAVE_S = 60  # when the stage is over, whatever a server does
 SYSTEM_METRICS_S = 5  # between two samples of what the machine does
+MONITOR_S = 2  # for its last ones to be sent
 LOCKED = "database is locked"  # SQLite's words: another program has it for a moment
 GONE = "its process ended without a word"
 
@@ -88,10 +90,10 @@ class Sender:
             is_refused = failures > 1 and LOCKED not in self.reason
             if is_over and (is_refused or (is_swept and not self.reason) or time.monotonic() - over_since > LAST_S):
                 break
-            pause: float = POLL_S if is_swept or self.reason else 0
+            pause = (LAST_POLL_S if is_over else POLL_S) if is_swept or self.reason else 0
             if failures:
                 pause = PAUSES_S[min(failures, len(PAUSES_S)) - 1]
-            time.sleep(pause) if is_over else self.news.wait(pause)
+            self.news.wait(pause)
             self.news.clear()
         self.watch_machine(None, "")
 
@@ -132,7 +134,7 @@ class Sender:
         if self.monitor is not None:  # it may wait for a server
             ending = threading.Thread(target=self.monitor.finish, daemon=True)
             ending.start()
-            ending.join(SYSTEM_METRICS_S)
+            ending.join(MONITOR_S)
         self.monitor, self.monitored = None, run_id
         if store is not None and run_id:
             with suppress(Exception):
