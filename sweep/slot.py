@@ -123,7 +123,7 @@ def prepare(slot: Path, sweep: Sweep) -> None:
         TimeoutError: a stage does not end.
         subprocess.CalledProcessError: git failed.
     """
-    if not (slot / ".git").is_dir():
+    if not is_repository(slot):
         scratch = slot.with_suffix(".partial")
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(slot, ignore_errors=True)
@@ -138,8 +138,7 @@ def prepare(slot: Path, sweep: Sweep) -> None:
             shutil.rmtree(lock.parent, ignore_errors=True)
     except Timeout as error:
         raise TimeoutError(f"another stage still works in {slot} ({lock.read_text()}); end that process") from error
-    git("remote", "set-url", "origin", sweep.source, folder=slot)
-    for entry, value in sweep.identity.items():
+    for entry, value in {"remote.origin.url": sweep.source, **sweep.identity}.items():
         git("config", entry, value, folder=slot)
     git("fetch", "--quiet", "--prune", "origin", "+refs/heads/*:refs/remotes/origin/*", folder=slot)
     if not git("rev-parse", "--verify", "--quiet", f"{sweep.commit}^{{commit}}", folder=slot, check=False):
@@ -147,7 +146,16 @@ def prepare(slot: Path, sweep: Sweep) -> None:
     git("checkout", "--quiet", "--force", "--detach", sweep.commit, folder=slot)
     git("clean", "--quiet", "--force", "-d", folder=slot)
     if sweep.cache:
-        (slot / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {sweep.cache}\n", encoding="utf-8")
+        (slot / ".dvc" / "config.local").write_text(f'[cache]\n    dir = "{sweep.cache}"\n', encoding="utf-8")
+
+
+def is_repository(slot: Path) -> bool:
+    """Whether git can work in a slot, which a power cut may have left with an empty file."""
+    try:
+        git("status", "--porcelain", folder=slot)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
 
 
 def remove_reference(slot: Path, sweep: Sweep, name: str) -> None:
@@ -163,12 +171,14 @@ def environment(sweep: Sweep) -> dict[str, str]:
 
 
 def git(*arguments: str, folder: Path | None = None, check: bool = True) -> str:
-    """What git prints.
+    """What git prints, of the repository in a folder; never of one above it.
 
     Raises:
         subprocess.CalledProcessError: it failed.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    if folder is not None:
+        own["GIT_CEILING_DIRECTORIES"] = str(folder.absolute().parent)
     done = subprocess.run(
         ["git", *arguments],
         cwd=folder,

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dvc.repo import Repo
 from filelock import FileLock
 
 from mnist_vae.errors import UserError
 from sweep import __main__ as command
+from sweep import experiment as sweep_experiment
 from sweep import slot
 from sweep.repository import HERE, Repository
 from sweep.slot import Outcome, Sweep, git, reference
@@ -56,6 +59,10 @@ def test_values_are_read_as_dvc_reads_them(argument, values):
     assert list(read(argument).values()) == [values]
 
 
+def test_whole_numbers_in_a_list_of_decimals_are_decimals():
+    assert names("train.betas=[0,0.99]") == names("train.betas=[0.0,0.99]") == ["betas=0.0x0.99"]
+
+
 def test_a_name_depends_on_the_values_and_not_on_how_they_were_given():
     expected = ["latent_dim=2,train.seed=1,kl_weight=1.0"]
     assert names("train.kl_weight=1", "model.latent_dim=2", "train.seed=1") == expected
@@ -71,6 +78,11 @@ def test_names_are_those_of_git_references(value):
     assert len(name) < 130
     assert "/" not in name
     subprocess.run(["git", "check-ref-format", reference("0" * 40, name)], check=True)
+
+
+def test_names_are_no_longer_in_bytes_than_in_characters():
+    [name] = names("data.dataset='/" + "数" * 100 + "'")
+    assert len(name.encode()) <= 120
 
 
 def test_long_names_differ_where_their_ends_do():
@@ -254,6 +266,20 @@ def test_several_experiments_are_fetched_at_once_and_none_if_none_is_named(share
     assert repository.existing() == {"a=1", "a=2", "a=3"}
 
 
+def test_a_remote_that_cannot_be_reached_is_tried_again(shared, source, tmp_path, monkeypatch):
+    shared("http://server:5000", "s3://bucket/folder")
+    repository, away = Repository(source, "origin"), tmp_path / "away"
+    experiment(tmp_path / "origin", sweep_of(source, tmp_path), "a=1")
+    (tmp_path / "origin").rename(away)
+    monkeypatch.setattr("time.sleep", lambda seconds: away.rename(tmp_path / "origin"))
+    with pytest.raises(UserError, match=r"git fetch: .*does not"):
+        repository.fetch(["a=1"])
+
+    repository.fetch(["a=1"], attempts=2)
+
+    assert repository.existing() == {"a=1"}
+
+
 def test_two_experiments_at_once_have_two_slots_and_the_first_is_used_again(tmp_path):
     with slot.free_slot(tmp_path) as (first, _), slot.free_slot(tmp_path) as (second, _):
         assert first != second
@@ -272,7 +298,7 @@ def test_a_slot_is_taken_as_long_as_what_was_started_in_it_lives(tmp_path):
 
 
 def test_a_slot_is_made_whole_whatever_a_killed_worker_left(source, tmp_path):
-    sweep = sweep_of(source, tmp_path, cache="/the/cache")
+    sweep = sweep_of(source, tmp_path, cache="/the/cache, #1")
     place = tmp_path / "slot-0"
     place.mkdir()
     (place / "half").write_text("a clone")
@@ -292,7 +318,30 @@ def test_a_slot_is_made_whole_whatever_a_killed_worker_left(source, tmp_path):
     assert not (place / "left").exists()
     assert (place / "checkpoints" / "last.ckpt").exists()
     assert not (place / ".dvc" / "tmp").exists()
-    assert "dir = /the/cache" in (place / ".dvc" / "config.local").read_text()
+    with Repo(str(place)) as repo:
+        assert repo.config["cache"]["dir"] == "/the/cache, #1"
+
+
+@pytest.mark.parametrize("file", ["HEAD", "config", "index", "objects"])
+def test_a_slot_whose_repository_is_damaged_is_made_anew_and_what_is_around_it_is_spared(source, file):
+    """Where git finds no repository, it takes the next one above: here, as by default, the source itself."""
+    stand_in(source, "")
+    place = source / "slots" / "slot-0"
+    sweep = sweep_of(source, source / "slots")
+    assert slot.run_in_slot(sweep, "a=1", []) == Outcome("a=1")
+    (source / "params.yaml").write_text("a: 2\n")
+    (source / "new").write_text("not committed")
+    git("remote", "add", "origin", "https://example.org/theirs", folder=source)
+    damaged = place / ".git" / file
+    shutil.rmtree(damaged) if damaged.is_dir() else damaged.write_bytes(b"")
+
+    assert slot.run_in_slot(sweep, "a=1", []) == Outcome("a=1")
+
+    assert (place / "params.yaml").read_text() == "a: 1\n"
+    assert (source / "params.yaml").read_text() == "a: 2\n"
+    assert (source / "new").exists()
+    assert git("rev-parse", "--abbrev-ref", "HEAD", folder=source) == "main\n"
+    assert git("remote", "get-url", "origin", folder=source) == "https://example.org/theirs\n"
 
 
 def test_a_slot_follows_to_a_later_commit(source, tmp_path):
@@ -334,6 +383,18 @@ def test_an_experiment_that_another_scheduler_finished_first_has_not_failed(sour
         "sys.exit('error: failed to push some refs')",
     )
     assert slot.run_in_slot(sweep_of(source, tmp_path), "a=1", []) == Outcome("a=1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken", "fell_back"), [("mnist", "digits", True), ("mnist", "mnist", False), ("digits", "digits", False)]
+)
+def test_digits_in_the_place_of_mnist_are_no_result(tmp_path, monkeypatch, asked, taken, fell_back):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(f"data:\n  dataset: {asked}\n")
+    Path("metrics").mkdir()
+    Path("metrics", "evaluate.json").write_text(f'{{"dataset": "{taken}"}}')
+
+    assert sweep_experiment.fell_back() == fell_back
 
 
 def test_an_experiment_that_fails_says_why_and_where_its_log_is(source, tmp_path):
