@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mnist_vae.errors import UserError
+from mnist_vae.evaluation import evaluate
 from mnist_vae.evaluation.sample_quality import NEIGHBOURS
+from mnist_vae.sources import folder as sources
 from mnist_vae.sources.folder import FEWEST, IDX_FILES, read_folder
 
 GENERATOR = np.random.default_rng(0)
@@ -127,12 +129,30 @@ def test_a_folder_of_something_else_is_refused_in_one_line(folder, changes, mess
     assert message in refusal(folder)
 
 
+def test_labels_that_evaluation_sees_tell_digits_apart(folder, monkeypatch):
+    assert evaluate.COMPARED == sources.COMPARED
+    monkeypatch.setattr(sources, "COMPARED", 20)
+    write_npy(folder, y_train=np.repeat([3, 4], [20, 10]))
+
+    assert "the first 20 training labels are 3, which tells nothing apart; leave out both label files, or mix the" in (
+        refusal(folder)
+    )
+
+
 def test_an_archive_of_arrays_is_refused(folder):
     write_npy(folder, x_train=None)
     with (folder / "x_train.npy").open("wb") as file:
         np.savez(file, ARRAYS["x_train"])
 
     assert "it is an archive of arrays, as of np.savez, not one array" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00\x10\x00{'descr': ('\\n     "])
+def test_a_damaged_array_is_refused(folder, content):
+    write_npy(folder)
+    (folder / "x_train.npy").write_bytes(content)
+
+    assert "cannot be read as uint8 images (N, 28, 28)" in refusal(folder)
 
 
 def test_the_fewest_images_are_those_that_evaluation_can_compare():

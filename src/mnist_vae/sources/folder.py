@@ -11,7 +11,9 @@ import struct
 import tempfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,9 @@ IDX_FILES = {
     "x_test": "t10k-images-idx3-ubyte",
     "y_test": "t10k-labels-idx1-ubyte",
 }
+DAMAGES = (OSError, EOFError, TypeError, ValueError, OverflowError, TokenError, BadZipFile, zlib.error)
 FEWEST = 6  # images of either kind: evaluation looks at the 5 nearest neighbours of each
+COMPARED = 100_000  # training images, the first ones, whose codes it compares with
 
 
 def read_folder(folder: Path, scratch: Path) -> Dataset:
@@ -55,10 +59,12 @@ def read_folder(folder: Path, scratch: Path) -> Dataset:
         check_labels(dataset)
     except ValueError as error:
         raise UserError(f"{where}: {error}; without files of labels the images are taken as they are") from error
-    if "y_train" in arrays and arrays["y_train"].min() == arrays["y_train"].max():
-        digit = arrays["y_train"][0]
+    if "y_train" in arrays and len(np.unique(arrays["y_train"][:COMPARED])) == 1:
+        is_all = len(arrays["y_train"]) <= COMPARED
+        which, other = ("all", "") if is_all else (f"the first {COMPARED:,}", ", or mix the images")
         raise UserError(
-            f"{where}: all training labels are {digit}, which tells nothing apart; leave out both label files"
+            f"{where}: {which} training labels are {arrays['y_train'][0]}, which tells nothing apart; leave out both "
+            f"label files{other}"
         )
     return dataset
 
@@ -84,7 +90,7 @@ def _read(file: Path, array: str, scratch: Path) -> Images:
         if side and found.dtype != np.uint8:
             raise ValueError(f"it holds {found.dtype}; pixels are 0 to 255, as uint8")
         return found.view(np.ndarray) if side else _labels(found)
-    except (OSError, EOFError, TypeError, ValueError, OverflowError, zlib.error) as error:
+    except DAMAGES as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
         raise UserError(f"data.dataset: {file} cannot be read as {wanted}: {reason}") from error
 
