@@ -15,6 +15,7 @@ from sweep.slot import Outcome, Sweep
 from sweep.space import Point, name_of, overrides
 
 PATIENCE_S = 30  # for a scheduler to answer
+ATTEMPTS = 4  # to fetch what workers have pushed, while experiments run
 
 Run = Callable[[Sweep, str, list[str]], Outcome]
 
@@ -123,7 +124,7 @@ def drive(
 
         def fill() -> None:
             """Submit points until the workers have enough to do."""
-            while plan.all_at_once or len(running) < max(1, slots(client)):
+            while plan.all_at_once or sum(map(len, waiting.values())) < max(1, slots(client)):
                 point = next(ahead, None)
                 if point is None:
                     return
@@ -141,7 +142,7 @@ def drive(
         fill()
         while running:
             ended = [outcome_of(future, running.pop(future)) for future in completed.next_batch()]
-            repository.fetch([outcome.name for outcome in ended if not outcome.error])
+            repository.fetch([outcome.name for outcome in ended if not outcome.error], attempts=ATTEMPTS)
             for outcome in ended:
                 if not outcome.error:
                     existing.add(outcome.name)
@@ -161,8 +162,17 @@ def task_of(run: Run, sweep: Sweep, name: str, settings: list[str]) -> Callable[
 
 
 def slots(client: Client) -> int:
-    """How many experiments the cluster's workers can run at once at this moment."""
-    return sum(client.nthreads().values())
+    """How many experiments the cluster's workers can run at once at this moment.
+
+    Raises:
+        UserError: the scheduler is gone.
+    """
+    try:
+        return sum(client.nthreads().values())
+    except OSError as error:
+        raise UserError(
+            "the scheduler does not answer any more; start it again, and the same command goes on with what is missing"
+        ) from error
 
 
 def outcome_of(future: Future[Any], name: str) -> Outcome:

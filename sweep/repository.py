@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from configparser import ConfigParser
 from pathlib import Path
@@ -16,6 +17,7 @@ from sweep.slot import Sweep, git, reference
 IDENTITY = ("user.name", "user.email")
 METRICS = "metrics/evaluate.json"
 SQLITE = "sqlite:///"
+PAUSE_S = 5  # before a remote that could not be reached is tried again
 HERE = "."  # in place of a git remote: this folder, for workers that see it under the same path
 
 
@@ -74,11 +76,23 @@ class Repository:
             raise UserError(f"the remote {self.remote} does not have the last commit: `git push {self.remote}` first")
         return Sweep(self.commit, source, "", "", {"MLFLOW_TRACKING_URI": uri}, identity)
 
-    def fetch(self, names: Sequence[str] = ("*",)) -> None:
-        """Get experiments that workers have pushed: parameters and metrics, which are in git; no data."""
-        if names and self.remote != HERE:
-            references = [reference(self.commit, name) for name in names]
-            self._git("fetch", "--quiet", self.remote, *(f"+{one}:{one}" for one in references))
+    def fetch(self, names: Sequence[str] = ("*",), attempts: int = 1) -> None:
+        """Get experiments that workers have pushed: parameters and metrics, which are in git; no data.
+
+        Raises:
+            UserError: it failed as often as it was tried.
+        """
+        if not names or self.remote == HERE:
+            return
+        references = [reference(self.commit, name) for name in names]
+        for left in reversed(range(attempts)):
+            try:
+                self._git("fetch", "--quiet", self.remote, *(f"+{one}:{one}" for one in references))
+                return
+            except UserError:
+                if not left:
+                    raise
+                time.sleep(PAUSE_S)
 
     def existing(self) -> set[str]:
         """The names of the experiments on the commit."""

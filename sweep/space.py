@@ -67,7 +67,7 @@ def read_space(arguments: Sequence[str], params: Path, *, ranges: bool) -> Space
             raise UserError(f"{name} is given twice; put its values behind one -S, with commas between them")
         if isinstance(values, Range) and not ranges:
             raise UserError(f"{argument}: a range needs --suggest N; a grid takes values with commas between them")
-        if isinstance(base[name], float):
+        if isinstance(base[name], float) or (isinstance(base[name], list) and isinstance(base[name][0], float)):
             values = Range(*map(_as_float, values)) if isinstance(values, Range) else list(map(_as_float, values))
         for value in values:
             _check(params, name, value)
@@ -148,7 +148,9 @@ def _number(text: str) -> int | float:
 
 
 def _as_float(value: Any) -> Any:
-    """A whole number as the decimal that its parameter is, so that 1 and 1.0 are one experiment."""
+    """A whole number as the decimal that its parameter is, so that 1 and 1.0 are one experiment; each of a list."""
+    if isinstance(value, list):
+        return list(map(_as_float, value))
     return float(value) if type(value) is int else value
 
 
@@ -189,7 +191,7 @@ def _in_name(value: Any) -> str:
     if isinstance(value, list):
         return "x".join(map(_in_name, value))
     text = value if isinstance(value, str) else as_yaml(value)
-    plain = re.sub(r"[^\w.+-]|(?<=\.)\.", "_", text)
+    plain = re.sub(r"[^\w.+-]|(?<=\.)\.", "_", text, flags=re.ASCII)
     return plain if plain == text else f"{plain}-{_digest(text)}"
 
 

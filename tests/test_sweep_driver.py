@@ -42,7 +42,7 @@ class Experiments:
     def existing(self) -> set[str]:
         return set(self.there)
 
-    def fetch(self, names: list[str]) -> None:
+    def fetch(self, names: list[str], attempts: int) -> None:
         pass
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -110,7 +110,7 @@ def test_what_a_task_raises_is_a_failure_of_its_experiment(client, monkeypatch):
 def test_what_has_finished_meanwhile_is_fetched_at_once(client, monkeypatch):
     experiments, calls = Experiments(), []
 
-    def fetch(names: list[str]) -> None:
+    def fetch(names: list[str], attempts: int) -> None:
         while len(experiments.there) < len(POINTS):
             time.sleep(0.01)
         time.sleep(0.2)  # for the last one's word to come
@@ -141,6 +141,16 @@ def test_the_best_is_the_highest_or_the_lowest_of_what_has_a_value():
 def test_as_many_experiments_run_at_once_as_were_asked_for(jobs):
     with connect(None, jobs) as client:
         assert driver.slots(client) == jobs
+
+
+def test_a_scheduler_that_is_gone_is_told_in_one_line(monkeypatch):
+    def silent() -> None:
+        raise OSError("Timed out trying to connect to tcp://192.0.2.1:8786 after 30 s")
+
+    with connect(None, jobs=1) as client:
+        monkeypatch.setattr(client, "nthreads", silent)
+        with pytest.raises(UserError, match="the scheduler does not answer any more; start it again"):
+            drive(client, Grid(POINTS), Experiments(), SWEEP, NLL)
 
 
 def test_no_scheduler_at_the_address_is_told_in_one_line(monkeypatch):
@@ -183,7 +193,7 @@ def test_the_command_runs_a_grid(command, capsys):
 def test_the_command_lets_optuna_choose(command):
     status, plan = command("--suggest", "3", "-S", "train.learning_rate=1e-4..1e-2", "-S", "model.latent_dim=2,3")
     assert (status, plan.total) == (0, 3)
-    assert {point["model.latent_dim"] for point in plan.points()} <= {2, 3}
+    assert [point["model.latent_dim"] in (2, 3) for point in plan.points()] == [True] * 3
 
 
 def test_the_command_reports_failures_and_says_so_by_its_status(command, capsys):
@@ -238,6 +248,26 @@ def suggestions(storage: Path, total: int, driver: str = "here") -> Suggestions:
 def trials(storage: Path) -> list["optuna.trial.FrozenTrial"]:
     [name] = optuna.get_all_study_names(f"sqlite:///{storage}")
     return optuna.load_study(study_name=name, storage=f"sqlite:///{storage}").get_trials()
+
+
+def test_optuna_is_asked_for_no_more_points_than_can_run_at_once(client, monkeypatch):
+    class Twice(Grid):
+        all_at_once = False
+        open = 0
+
+        def points(self):
+            for point in POINTS:
+                for _ in range(2):  # as Optuna does in a space that is smaller than the cluster
+                    self.open += 1
+                    assert self.open <= 2  # jobs
+                    yield point
+
+        def done(self, point, value):
+            self.open -= 1
+
+    experiments = Experiments()
+    report = run_all(client, Twice(POINTS), experiments, monkeypatch)
+    assert sorted(experiments.runs) == sorted(report.metrics) == sorted(map(name_of, POINTS))
 
 
 def test_optuna_chooses_as_many_points_as_asked_for(client, monkeypatch, tmp_path):
