@@ -59,7 +59,7 @@ class Suggestions:
         for left in trials:
             if left.state == TrialState.RUNNING and left.user_attrs.get(DRIVER) == driver:
                 self._study.tell(left.number, state=TrialState.FAIL)
-                self._study.enqueue_trial(left.params, skip_if_exists=False)
+                self._study.enqueue_trial(left.params, user_attrs={DRIVER: driver}, skip_if_exists=False)
         self._told = [left for left in trials if left.state == TrialState.COMPLETE]
         self._missing = max(0, total - len(self._told))
         self._running: list[tuple[Point, int]] = []
@@ -70,8 +70,10 @@ class Suggestions:
         for known in self._told:
             yield self._point(known.params)
         for _ in range(self._missing):
+            if not self._study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+                self._study.enqueue_trial({}, user_attrs={DRIVER: self._driver})  # no trial ever runs without a name
             trial = self._study.ask(self._distributions)
-            trial.set_user_attr(DRIVER, self._driver)
+            trial.set_user_attr(DRIVER, self._driver)  # what waited may have been another driver's
             point = self._point(trial.params)
             self._running.append((point, trial.number))
             yield point

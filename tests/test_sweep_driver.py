@@ -1,6 +1,7 @@
 """The driver of a sweep on a real Dask cluster inside this process, with experiments that only pretend to run."""
 
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -301,6 +302,18 @@ def test_what_a_dead_driver_left_running_has_failed_and_its_point_comes_first(cl
     run_all(client, suggestions(storage, 3), experiments, monkeypatch)
     assert [trial.state for trial in trials(storage)] == [TrialState.FAIL] + [TrialState.COMPLETE] * 3
     assert experiments.runs[0] == name_of(begun)
+
+
+def test_a_driver_that_dies_as_it_asks_leaves_no_trial_running_for_ever(monkeypatch, tmp_path):
+    points = suggestions(tmp_path / "study.db", 4).points()
+    monkeypatch.setattr(optuna.trial.Trial, "set_user_attr", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        next(points)
+    assert [trial.state for trial in trials(tmp_path / "study.db")] == [TrialState.RUNNING]
+
+    suggestions(tmp_path / "study.db", 4)
+
+    assert [trial.state for trial in trials(tmp_path / "study.db")] == [TrialState.FAIL, TrialState.WAITING]
 
 
 def test_what_a_driver_elsewhere_runs_stays_its_own(client, monkeypatch, tmp_path):
