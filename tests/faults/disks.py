@@ -199,6 +199,9 @@ def _power_cut(lab: Lab, moment: str) -> None:
     lab.kill_all()
     lab.wait_for_quiet()
     lab.wait_for(lambda: tool("umount", disk, check=False), "the disk to be released")
+    # Another fault, beside this one, may have taken the mount along into a namespace of its own.
+    attached = ("losetup", "--noheadings", "--associated", str(image))
+    lab.wait_for(lambda: not subprocess.check_output(attached), "the disk to be released everywhere", 300)
     tool("mount", "-o", "loop", image, disk)
     # DVC and git do not flush what they write themselves.
     if lab.run("git", "status", "--porcelain").status:
