@@ -15,7 +15,6 @@ from sweep.slot import Outcome, Sweep
 from sweep.space import Point, name_of, overrides
 
 PATIENCE_S = 30  # for a scheduler to answer
-ATTEMPTS = 4  # to fetch what workers have pushed, while experiments run
 
 Run = Callable[[Sweep, str, list[str]], Outcome]
 
@@ -142,7 +141,7 @@ def drive(
         fill()
         while running:
             ended = [outcome_of(future, running.pop(future)) for future in completed.next_batch()]
-            repository.fetch([outcome.name for outcome in ended if not outcome.error], attempts=ATTEMPTS)
+            repository.fetch([outcome.name for outcome in ended if not outcome.error])
             for outcome in ended:
                 if not outcome.error:
                     existing.add(outcome.name)

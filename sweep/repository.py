@@ -17,7 +17,7 @@ from sweep.slot import Sweep, git, reference
 IDENTITY = ("user.name", "user.email")
 METRICS = "metrics/evaluate.json"
 SQLITE = "sqlite:///"
-PAUSE_S = 5  # before a remote that could not be reached is tried again
+ATTEMPTS, PAUSE_S = 4, 5  # to fetch experiments
 HERE = "."  # in place of a git remote: this folder, for workers that see it under the same path
 
 
@@ -76,16 +76,16 @@ class Repository:
             raise UserError(f"the remote {self.remote} does not have the last commit: `git push {self.remote}` first")
         return Sweep(self.commit, source, "", "", {"MLFLOW_TRACKING_URI": uri}, identity)
 
-    def fetch(self, names: Sequence[str] = ("*",), attempts: int = 1) -> None:
+    def fetch(self, names: Sequence[str] = ("*",)) -> None:
         """Get experiments that workers have pushed: parameters and metrics, which are in git; no data.
 
         Raises:
-            UserError: it failed as often as it was tried.
+            UserError: it failed ATTEMPTS times; while experiments run, a network may fail once.
         """
         if not names or self.remote == HERE:
             return
         references = [reference(self.commit, name) for name in names]
-        for left in reversed(range(attempts)):
+        for left in reversed(range(ATTEMPTS)):
             try:
                 self._git("fetch", "--quiet", self.remote, *(f"+{one}:{one}" for one in references))
                 return

@@ -71,7 +71,7 @@ class Suggestions:
             yield self._point(known.params)
         for _ in range(self._missing):
             if not self._study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-                self._study.enqueue_trial({}, user_attrs={DRIVER: self._driver})  # no trial ever runs without a name
+                self._study.enqueue_trial({}, user_attrs={DRIVER: self._driver})  # named before it runs
             trial = self._study.ask(self._distributions)
             trial.set_user_attr(DRIVER, self._driver)  # what waited may have been another driver's
             point = self._point(trial.params)

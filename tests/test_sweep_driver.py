@@ -43,7 +43,7 @@ class Experiments:
     def existing(self) -> set[str]:
         return set(self.there)
 
-    def fetch(self, names: list[str], attempts: int) -> None:
+    def fetch(self, names: list[str]) -> None:
         pass
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -111,7 +111,7 @@ def test_what_a_task_raises_is_a_failure_of_its_experiment(client, monkeypatch):
 def test_what_has_finished_meanwhile_is_fetched_at_once(client, monkeypatch):
     experiments, calls = Experiments(), []
 
-    def fetch(names: list[str], attempts: int) -> None:
+    def fetch(names: list[str]) -> None:
         while len(experiments.there) < len(POINTS):
             time.sleep(0.01)
         time.sleep(0.2)  # for the last one's word to come

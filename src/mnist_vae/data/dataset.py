@@ -35,6 +35,7 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 UNLABELLED = ("x_train", "x_test")  # the arrays of a data set without labels
 HEADER_SIZE = 128  # of an array's .npy file, in bytes, however many images it has
 BLOCK = 10_000  # images in memory at a time
+COMPARED = 100_000  # training images, the first ones, whose codes evaluation compares those of test images with
 REMEDY = "`dvc repro --force --single-item download` makes it again"
 
 

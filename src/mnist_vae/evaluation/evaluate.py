@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_vae.data.dataset import Dataset, ImageSource
+from mnist_vae.data.dataset import COMPARED, Dataset, ImageSource
 from mnist_vae.evaluation.codes import active_units, knn_accuracy, linear_probe_accuracy
 from mnist_vae.evaluation.likelihood import importance_nll, quadrature_nll, standard_error
 from mnist_vae.evaluation.sample_quality import cloud, features, sample_quality
@@ -15,8 +15,6 @@ from mnist_vae.model.vae import VAE, Posterior, negative_log_likelihood, to_pixe
 from mnist_vae.params import Evaluate
 
 Metrics = dict[str, float | int | str]
-
-COMPARED = 100_000  # training images whose codes classify those of the test images: the first ones
 
 
 class Evaluation(NamedTuple):

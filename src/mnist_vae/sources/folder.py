@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_vae.data.dataset import ARRAYS, Dataset, Images, blocks, check_labels
+from mnist_vae.data.dataset import ARRAYS, COMPARED, Dataset, Images, blocks, check_labels
 from mnist_vae.errors import UserError
 
 IDX_FILES = {
@@ -29,7 +29,6 @@ IDX_FILES = {
 }
 DAMAGES = (OSError, EOFError, TypeError, ValueError, OverflowError, TokenError, BadZipFile, zlib.error)
 FEWEST = 6  # images of either kind: evaluation looks at the 5 nearest neighbours of each
-COMPARED = 100_000  # training images, the first ones, whose codes it compares with
 
 
 def read_folder(folder: Path, scratch: Path) -> Dataset:

@@ -1,4 +1,4 @@
-"""One journal on its way to one tracking store, in order, and with the same result however often it is sent."""
+"""One journal on its way to one tracking store, metrics first, with the same result however often it is sent."""
 
 import hashlib
 import sys
@@ -129,10 +129,7 @@ class Delivery:
                 self.champion = register_models(self.store, main, file, record.measured_on, record.nll)
 
     def _send_metrics(self, records: list[Metrics]) -> None:
-        """Metrics, those of a run in one batch: however many they are, a store takes about as long for it.
-
-        Not those that the run has: a clone's journal of the same training may have told them before.
-        """
+        """Metrics that their run does not have; a clone's journal of the same training may have told them before."""
         by_run: dict[str, list[Metrics]] = {}
         for record in records:
             by_run.setdefault(self._run(record.place, record.at), []).append(record)

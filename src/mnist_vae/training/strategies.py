@@ -41,7 +41,7 @@ class SharedMemoryStrategy(DDPStrategy):
     2020, https://arxiv.org/abs/1910.02054) without any messages.
     """
 
-    weights: Sequence[Tensor] = ()
+    weights: Sequence[Tensor] = ()  # none yet where setting up fails before them
 
     def configure_ddp(self) -> None:
         """Move the weights, which are equal in all processes, to memory that these share."""
