@@ -66,6 +66,26 @@ def test_there_is_a_row_per_epoch_numbered_from_1(images):
     assert all(set(row) == {"epoch", "loss", "bce", "kld"} for row in history)
 
 
+def test_callbacks_hear_of_epochs_and_chunks_but_not_of_single_steps(images):
+    heard = []
+
+    class Listener(Callback):
+        def on_train_batch_end(self, *args):
+            heard.append("chunk")
+
+        def on_train_epoch_end(self, *args):
+            heard.append("epoch")
+
+        def on_before_backward(self, *args):
+            heard.append("step")
+
+        on_after_backward = on_before_optimizer_step = on_before_backward
+
+    fit(images, CONFIG, settings(epochs=2, batch_size=2), callbacks=[Listener()])
+
+    assert heard == ["chunk", "chunk", "epoch"] * 2
+
+
 @pytest.mark.parametrize("kl_warmup", [0, 0.5, 1])
 def test_the_loss_is_bce_plus_weighted_kl_also_while_the_weight_rises(images, kl_warmup):
     for row in fit(images, CONFIG, settings(kl_weight=3.0, kl_warmup=kl_warmup)).history:
