@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -387,15 +388,23 @@ def test_an_experiment_that_another_scheduler_finished_first_has_not_failed(sour
 
 
 @pytest.mark.parametrize(
-    ("asked", "taken", "fell_back"), [("mnist", "digits", True), ("mnist", "mnist", False), ("digits", "digits", False)]
+    ("asked", "taken", "is_result"), [("mnist", "digits", False), ("mnist", "mnist", True), ("digits", "digits", True)]
 )
-def test_digits_in_the_place_of_mnist_are_no_result(tmp_path, monkeypatch, asked, taken, fell_back):
+def test_digits_in_the_place_of_mnist_are_no_result(tmp_path, monkeypatch, asked, taken, is_result):
+    pushed = []
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiment", "a=1", "", f"data.dataset={asked}"])
+    for name in ("end_with_input", "call"):
+        monkeypatch.setattr(sweep_experiment, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(sweep_experiment, "push_reference", pushed.append)
     Path("params.yaml").write_text(f"data:\n  dataset: {asked}\n")
     Path("metrics").mkdir()
     Path("metrics", "evaluate.json").write_text(f'{{"dataset": "{taken}"}}')
 
-    assert sweep_experiment.fell_back() == fell_back
+    with nullcontext() if is_result else pytest.raises(SystemExit, match="no MNIST here"):
+        sweep_experiment.main()
+
+    assert pushed == (["a=1"] if is_result else [])
 
 
 def test_an_experiment_that_fails_says_why_and_where_its_log_is(source, tmp_path):
