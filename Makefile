@@ -88,7 +88,7 @@ papers: $(READY) ## run published settings and write docs/papers.md (hours; ROWS
 	@python -m tools.papers $(ROWS)
 
 clean: ## remove the environment and all that can be made again (not the DVC cache, not mlflow.db, not the journal)
-	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache .mypy_cache .hypothesis dvc_plots dvc_plots_diff
+	@rm -rf $(VENV) .dvc/page.html .pytest_cache .ruff_cache .mypy_cache .hypothesis dvc_plots
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 lock: ## resolve pyproject.toml's ranges anew into requirements.lock

@@ -1,6 +1,6 @@
 """How fast is it, next to what? Questions about speed, most with limits that this project sets itself.
 
-    python -m benchmarks                  all of it, rounds and medians, into benchmarks/results.md (most of an hour)
+    python -m benchmarks                  all of it, rounds and medians, into benchmarks/results.md (more than an hour)
     python -m benchmarks --quick          one short round, printed only: does everything still run?
     python -m benchmarks --only threads   one question in full, printed only
 

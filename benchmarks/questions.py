@@ -225,7 +225,7 @@ class Bench:
         return Section(
             "Time to quality",
             f"`dvc exp run {line}` next to the default parameters: loss on the test images (nats per image) and "
-            "seconds of training, with journal and checkpoints. The notebook as it stands, with torch's default of a "
+            "seconds of training, with journal and checkpoints, each training run once. The notebook as it stands, with torch's default of a "
             f"thread per core, trained its {plural(epochs, 'epoch')} in {notebook:.0f} s.",
             ["seed", "default: loss", "s", "fast: loss", "s", "of the notebook's time"],
             rows,

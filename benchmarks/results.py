@@ -56,7 +56,7 @@ def render(sections: list[Section], machine: list[str]) -> str:
     ]
     parts = [
         "# Benchmarks",
-        "Made by `make bench`; do not edit. Seconds are medians over the rounds, with their spread (min–max). "
+        "Made by `python -m benchmarks`; do not edit. Seconds are medians over the rounds, with their spread (min–max). "
         "In every round the contenders take turns, each in a process of its own.",
         "\n".join(f"- {line}" for line in machine),
         "## Do the limits hold?",

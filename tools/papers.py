@@ -35,8 +35,9 @@ INTRODUCTION = """# Published numbers, and ours
 Made by `make papers`; do not edit. Each row is one file in [`papers/`](../papers), which has its parameters, and one
 DVC experiment, `papers-` and the file's name; `make papers ROWS=svae-d2` runs one. Values are nats per image on all
 10,000 test images, ± the standard error: of a likelihood over images, of a loss over draws of z. Theirs and ours are
-measured on the same images, so chance moves their difference by less than these errors say. The seconds are those of
-the stage train on one core; other work on the machine makes them more."""
+measured on the same test digits (where pixels are drawn black or white, each drew its own), so chance moves their
+difference by less than these errors say. The seconds are those of the stage train on one core; other work on the
+machine makes them more. No seconds: DVC's cache had the model. No epochs: they are not published."""
 
 COMPARISONS = [
     "## Rows beside each other",
@@ -77,7 +78,7 @@ class Result(BaseModel):
     """What an experiment gave."""
 
     value: float
-    error: float  # its standard error, over images
+    error: float  # its standard error: of nll over images, of loss over draws
     epochs: int
     seconds: float | None = None  # of training; None where DVC's cache had the model already
     processor: str
@@ -92,7 +93,7 @@ def read_rows(folder: Path = ROWS) -> dict[str, Row]:
         SystemExit: a file is not a row; the message names file and field.
     """
     rows = {}
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem):
         try:
             rows[path.stem] = Row(**YAML(typ="safe", pure=True).load(path))
         except ValidationError as error:
