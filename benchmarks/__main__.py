@@ -23,7 +23,10 @@ def main() -> None:
         "--only", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=f"{', '.join(QUESTIONS)}; only printed"
     )
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help="rounds, instead of 3; not of quality, nor of what journal and checkpoints cost"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="rounds, instead of 3, of most questions",
     )
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL

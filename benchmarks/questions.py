@@ -225,8 +225,8 @@ class Bench:
         return Section(
             "Time to quality",
             f"`dvc exp run {line}` next to the default parameters: loss on the test images (nats per image) and "
-            "seconds of training, with journal and checkpoints, each training run once. The notebook as it stands, with torch's default of a "
-            f"thread per core, trained its {plural(epochs, 'epoch')} in {notebook:.0f} s.",
+            "seconds of training, with journal and checkpoints, each training run once. The notebook as it stands, "
+            f"with torch's default of a thread per core, trained its {plural(epochs, 'epoch')} in {notebook:.0f} s.",
             ["seed", "default: loss", "s", "fast: loss", "s", "of the notebook's time"],
             rows,
             [
@@ -257,6 +257,9 @@ class Bench:
         found = alternate(
             {
                 ("one experiment", "1", idle): lambda: rate(self.worker("pipeline", 1, **common)),
+                ("the same, libraries left alone", "1", idle): lambda: rate(
+                    self.worker("pipeline", 1, left_alone=True, **common)
+                ),
                 ("one experiment", "2", idle): lambda: rate(self.worker("pipeline", 2, **common)),
                 ("two side by side", "1 each", idle): side_by_side,
                 ("one experiment", "1", busy): lambda: beside_busy(1),
@@ -270,7 +273,8 @@ class Bench:
         return Section(
             "Threads",
             "Training throughput of the pipeline on two cores, batch 64. Of every run the first and the last epoch are "
-            "dropped: warm-up, and the time when the other may already have ended.",
+            "dropped: warm-up, and the time when the other may already have ended. With one thread the libraries take "
+            "AVX2, for equal bytes on all processors; left alone, as with two threads, what suits the processor best.",
             ["", "threads", "", "images/s", "of one alone"],
             [[*key, sample.text(0), f"{sample.median / one:.2f} ×"] for key, sample in rates.items()],
             [Limit("two experiments side by side / one", two / one, 1.7, at_least=True)],

@@ -56,8 +56,8 @@ def render(sections: list[Section], machine: list[str]) -> str:
     ]
     parts = [
         "# Benchmarks",
-        "Made by `python -m benchmarks`; do not edit. Seconds are medians over the rounds, with their spread (min–max). "
-        "In every round the contenders take turns, each in a process of its own.",
+        "Made by `python -m benchmarks`; do not edit. Seconds are medians over the rounds, with their spread "
+        "(min–max). In every round the contenders take turns, each in a process of its own.",
         "\n".join(f"- {line}" for line in machine),
         "## Do the limits hold?",
         table(["question", "what", "measured", "limit", ""], limits, numbers=True),
