@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -51,6 +52,24 @@ def test_remedies_has_a_damaged_lock_brought_back_from_git(folder, content):
     (remedy,) = remedies()
 
     assert remedy.startswith("dvc.lock is damaged: `git checkout -- dvc.lock`")
+
+
+def test_remedies_names_a_missing_git(folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(folder))
+
+    assert list(remedies()) == ["git is not installed, and DVC needs it"]
+
+
+def test_remedies_names_an_environment_that_was_moved(folder):
+    script = folder / ".venv/bin/dvc"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"#!{sys.executable}\n")
+    assert list(remedies()) == []
+
+    script.write_text("#!/where/it/was/.venv/bin/python\n")
+    (remedy,) = remedies()
+
+    assert remedy.startswith("this folder was moved, and .venv with it: `make clean setup`")
 
 
 def test_remedies_names_a_missing_repository(folder):

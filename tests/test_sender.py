@@ -22,7 +22,7 @@ import pytest
 
 from mnist_vae.tracking import sender
 from mnist_vae.tracking.delivery import Delivery
-from mnist_vae.tracking.journal import Journal, Metrics, Models
+from mnist_vae.tracking.journal import Journal, Metrics, Models, Tags
 from mnist_vae.tracking.process import process_name
 from mnist_vae.tracking.sender import Sender, send_left_behind, sync
 from mnist_vae.tracking.session import Session
@@ -411,6 +411,41 @@ def test_one_journal_that_is_refused_does_not_hold_up_the_others(workspace, monk
 
     assert list(send_left_behind(Store(workspace))) == ["", f"{'b' * 16}: no", ""]
     assert sorted(one["status"] for one in runs(workspace)) == ["FINISHED", "FINISHED", "RUNNING"]
+
+
+@pytest.mark.parametrize("reason", ["Invalid value", "is damaged or not what this project writes"])
+def test_a_record_that_is_refused_for_good_does_not_hold_up_what_follows(workspace, capsys, reason):
+    journal = Journal(workspace, FINGERPRINT)
+    journal.append(begin("train"))
+    if reason == "Invalid value":
+        journal.append(Tags(tags={"no name?": "x"}))
+    else:
+        payload = journal.keep_bytes("vae.safetensors", b"of another time")
+        journal.append(Models(payload=payload, measured_on={}, nll=1.0))
+    journal.append(Tags(tags={"told": "afterwards"}))
+    journal.append(end("train"))
+
+    assert list(send_left_behind(Store(workspace))) == [""]
+
+    (one,) = runs(workspace)
+    assert (one["status"], one["tags"]["told"]) == ("FINISHED", "afterwards")
+    said = capsys.readouterr().err
+    assert said.startswith(f"{FINGERPRINT}: a record (")
+    assert reason in said
+    assert list(send_left_behind(Store(workspace))) == []
+
+
+def test_a_record_that_is_refused_for_lack_of_its_run_is_not_left_out(workspace, journal, monkeypatch):
+    def delete_first(self, run_id, tags, set_tags=Store.set_tags):
+        monkeypatch.setattr(Store, "set_tags", set_tags)
+        self.client.delete_run(run_id)
+        set_tags(self, run_id, tags)
+
+    monkeypatch.setattr(Store, "set_tags", delete_first)
+    assert "deleted" in next(send_left_behind(Store(workspace)))
+
+    assert list(send_left_behind(Store(workspace))) == [""]
+    assert_complete(workspace)
 
 
 # killed at any call

@@ -131,3 +131,16 @@ def test_sharing_without_a_remote_is_one_line_and_a_failure(finished_pipeline):
     assert done.stderr.startswith("share: ")
     assert "no remote" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_remote_that_does_not_answer_is_one_line_and_a_failure(finished_pipeline):
+    remote = "[core]\n    remote = gone\n['remote \"gone\"']\n    url = /proc/gone\n"
+    (finished_pipeline / ".dvc/config.local").write_text(remote)
+    try:
+        done = run(finished_pipeline, sys.executable, "-m", "tools.share", env={"PYTHONPATH": "src"}, check=False)
+    finally:
+        (finished_pipeline / ".dvc/config.local").unlink()
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("share: ")
+    assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -274,6 +275,18 @@ def test_artifacts_stay_in_the_workspace_wherever_the_process_works(store, works
 
 
 # which store
+
+
+def test_the_store_of_a_copied_workspace_is_refused_before_it_writes_into_the_first_one(workspace, tmp_path):
+    Store(workspace)
+    copied = tmp_path / "copied"
+    shutil.copytree(workspace, copied)
+    (tmp_path / "link").symlink_to(workspace)
+
+    with pytest.raises(UserError, match=f"made in another folder.*{workspace}/mlruns.*move mlflow.db and mlruns away"):
+        Store(copied)
+
+    Store(tmp_path / "link")
 
 
 def test_another_store_can_be_named(workspace, fresh, monkeypatch):

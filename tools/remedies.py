@@ -4,6 +4,7 @@ python -m tools.remedies    run by `make run` when `dvc repro` fails; says nothi
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ from ruamel.yaml.error import YAMLError
 
 def remedies() -> Iterator[str]:
     """One line for each thing that is wrong with this folder."""
-    git = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False)
-    if git.returncode != 0:
+    if shutil.which("git") is None:
+        yield "git is not installed, and DVC needs it"
+    elif subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False).returncode:
         yield "this folder is no git repository, and DVC needs one: `git init && git add . && git commit -m start`"
+    if is_from_elsewhere(Path(".venv/bin/dvc")):
+        yield "this folder was moved, and .venv with it: `make clean setup` makes it anew"
     rwlock = Path(".dvc/tmp/rwlock")
     if rwlock.is_file() and not is_json(rwlock.read_bytes()):
         yield f"{rwlock}, DVC's note of who reads and writes, is damaged: remove it (`rm {rwlock}`)"
@@ -30,6 +34,14 @@ def remedies() -> Iterator[str]:
             "dvc.lock is damaged: `git checkout -- dvc.lock` brings back the committed one, "
             "and `dvc repro` takes from its cache what has run since"
         )
+
+
+def is_from_elsewhere(script: Path) -> bool:
+    """Whether the Python that a script names in its first line is not there."""
+    if not script.is_file():
+        return False
+    interpreter = script.read_bytes().partition(b"\n")[0].removeprefix(b"#!").decode(errors="replace").strip()
+    return not Path(interpreter).exists()
 
 
 def is_json(content: bytes) -> bool:

@@ -8,7 +8,6 @@ to the remote too, with the record of each run (DVC's run cache), which `dvc fet
 import argparse
 import sys
 
-from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from mnist_vae.errors import UserError
@@ -18,7 +17,7 @@ def share(remote: str | None) -> int:
     """Push all runs and the files that they made; how many files the remote did not have.
 
     Raises:
-        UserError: there is no such remote, or not everything arrived.
+        UserError: there is no such remote, it cannot be reached, or not everything arrived.
     """
     try:
         with Repo() as repo:
@@ -26,8 +25,8 @@ def share(remote: str | None) -> int:
             runs = repo.stage_cache.push(remote)
             objects = repo.stage_cache.get_used_objs(runs, remote=remote)
             results = [repo.cloud.push(found, remote=remote) for found in objects.values()]
-    except DvcException as error:
-        said = " ".join(str(error).split())
+    except Exception as error:  # DVC's, or whatever the client of this kind of remote raises
+        said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"share: {said}; see docs/sharing.md") from error
     if failed := sum(len(result.failed) for result in results):
         raise UserError(f"share: {failed} files did not arrive; run it again")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mnist_vae.errors import UserError
+from mnist_vae.errors import DamagedFileError, UserError
 
 SCRATCH = ".writing-"  # then the process id: what a killed process left behind can be told from what is in use
 
@@ -130,7 +130,8 @@ def read_or_refuse(path: Path, read: Callable[[Path], Read], remedy: str, damage
     """``read(path)``, with what a missing or damaged file raises as one line that ends in ``remedy``.
 
     Raises:
-        UserError: the file is missing or unreadable, or ``read`` raised one of ``damages``.
+        UserError: the file is missing or unreadable.
+        DamagedFileError: ``read`` raised one of ``damages``.
     """
     try:
         return read(path)
@@ -140,4 +141,4 @@ def read_or_refuse(path: Path, read: Callable[[Path], Read], remedy: str, damage
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from error
     except damages as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged or not what this project writes ({reason}); {remedy}") from error
+        raise DamagedFileError(f"{path} is damaged or not what this project writes ({reason}); {remedy}") from error

@@ -6,6 +6,7 @@ import sys
 from filelock import FileLock
 from pydantic import BaseModel, Field
 
+from mnist_vae.errors import DamagedFileError
 from mnist_vae.files import write_json
 from mnist_vae.tracking.journal import (
     MAIN,
@@ -21,7 +22,7 @@ from mnist_vae.tracking.journal import (
     Tags,
     Trained,
 )
-from mnist_vae.tracking.store import Store, redact
+from mnist_vae.tracking.store import Store, first_line, is_refusal, redact
 
 
 class Sent(BaseModel):
@@ -63,7 +64,7 @@ class Delivery:
                 records = list(self.journal.read())
             self._send_metrics([record for record, _ in records if isinstance(record, Metrics)])
             for record, offset in records:
-                self._send(record)
+                self._send_or_leave_out(record)
                 self.sent.offset = offset
                 if not isinstance(record, Metrics) or offset == records[-1][1]:
                     write_json(self.path, self.sent.model_dump())
@@ -97,6 +98,18 @@ class Delivery:
             for run_id in set(self.sent.runs.values()):
                 self.store.discard_run(run_id, first.info.run_id)
         return True
+
+    def _send_or_leave_out(self, record: AnyRecord) -> None:
+        """A record; what the store will never take is left out, so that it does not hold up all behind it."""
+        try:
+            self._send(record)
+        except Exception as error:  # whatever MLflow raises
+            if not (isinstance(error, DamagedFileError) or is_refusal(error)):
+                raise
+            if self.store.active_run(self._run(record.place, record.at)) is None:  # deleted meanwhile: all is sent anew
+                raise
+            name = f"{self.journal.fingerprint}: a record ({record.type})"
+            print(f"{name} is left out, MLflow does not take it: {first_line(error)}", file=sys.stderr)
 
     def _send(self, record: AnyRecord) -> None:
         """A record; metrics have been sent before, all together."""

@@ -80,6 +80,11 @@ class Store:
                 f"the MLflow experiment {EXPERIMENT} was deleted; "
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back"
             )
+        if not given and (folder := _other_folder(experiment, workspace)):
+            raise UserError(
+                f"{DATABASE} was made in another folder and keeps its files there, in {folder}; "
+                f"move {DATABASE} and mlruns away, and `make sync` makes them anew from the journal"
+            )
         self.experiment: str = experiment.experiment_id
         self.artifacts: str = experiment.artifact_location
         self.identity = (
@@ -265,6 +270,11 @@ def first_line(error: BaseException) -> str:
     return redact(lines[0]) if lines else type(error).__name__
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow will never take what it was given, however often it is told."""
+    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
+
+
 def database_lock(workspace: Path) -> FileLock:
     """Held while the database is made, and while the champion changes; a wait is bounded."""
     return FileLock(workspace / f"{DATABASE}.lock", timeout=LOCK_TIMEOUT_S)
@@ -337,13 +347,24 @@ def _connect(database: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_S, isolation_level=None)
 
 
+def _other_folder(experiment: Experiment, workspace: Path) -> str:
+    """Where the workspace's own database keeps files since the workspace was moved or copied; "" where it was not."""
+    location = urlsplit(experiment.artifact_location)
+    is_moved = location.scheme == "file" and Path(unquote(location.path)).resolve() != _artifacts(workspace).resolve()
+    return unquote(location.path) if is_moved else ""
+
+
+def _artifacts(workspace: Path) -> Path:
+    return workspace / "mlruns" / EXPERIMENT
+
+
 def _experiment(client: MlflowClient, workspace: Path, uri: str) -> Experiment:
     """The experiment, made where there is none."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return found
     # An artifact location is fixed when the experiment is made, and relative ones follow the current folder.
-    location = (workspace / "mlruns" / EXPERIMENT).as_uri() if uri.startswith("sqlite:") else None
+    location = _artifacts(workspace).as_uri() if uri.startswith("sqlite:") else None
     kind = {"mlflow.experimentKind": "custom_model_development"}  # the page for training, not for chat
     try:
         return client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=location, tags=kind))
