@@ -266,7 +266,7 @@ def test_a_missing_or_damaged_payload_is_told_and_stops_nothing(workspace, journ
     assert one["status"] == "FINISHED"
     assert len(one["metrics"]) == 2 * len(EPOCHS)
     assert artifacts(workspace, one["id"]).keys() == {"description.png"}
-    assert "grid.png is missing or damaged" in capsys.readouterr().err
+    assert "grid.png, which is missing or damaged" in capsys.readouterr().err
 
 
 # ends
@@ -430,7 +430,7 @@ def test_a_record_that_is_refused_for_good_does_not_hold_up_what_follows(workspa
     (one,) = runs(workspace)
     assert (one["status"], one["tags"]["told"]) == ("FINISHED", "afterwards")
     said = capsys.readouterr().err
-    assert said.startswith(f"{FINGERPRINT}: a record (")
+    assert said.startswith("left out: a record (")
     assert reason in said
     assert list(send_left_behind(Store(workspace))) == []
 
@@ -700,6 +700,19 @@ def test_a_stage_that_ends_before_it_begins_waits_for_nothing(workspace, capsys)
     assert session.outcome == {}
     assert runs(workspace) == []
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_stage_says_what_its_store_will_never_have(workspace, capsys):
+    session = session_of(workspace)
+    session.log_tags({"no name?": "x"})
+    for number in EPOCHS:
+        epoch(session, number)
+
+    finish(session, workspace)
+
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("train: WARNING: MLflow goes without a record (tags), which MLflow does not take: ")
+    assert_complete(workspace, stages=("train",))
 
 
 def test_a_store_that_is_deleted_while_the_stage_works_is_made_anew_and_told_everything(workspace):

@@ -43,6 +43,7 @@ class Delivery:
         self.path = journal.folder / f"sent-{name}.json"
         self.sent = Sent(store=store.identity)
         self.champion: bool | None = None
+        self.left_out: list[str] = []  # what the store has not received and never will, in words
         self._seen: dict[str, set[tuple[str, int]]] = {}  # name and step of metrics, by run
 
     def send(self, patience: float = 0) -> None:
@@ -108,8 +109,11 @@ class Delivery:
                 raise
             if self.store.active_run(self._run(record.place, record.at)) is None:  # deleted meanwhile: all is sent anew
                 raise
-            name = f"{self.journal.fingerprint}: a record ({record.type})"
-            print(f"{name} is left out, MLflow does not take it: {first_line(error)}", file=sys.stderr)
+            self._leave_out(f"a record ({record.type}), which MLflow does not take: {first_line(error)}")
+
+    def _leave_out(self, what: str) -> None:
+        self.left_out.append(f"{what} (training {self.journal.fingerprint})")
+        print(f"left out: {self.left_out[-1]}", file=sys.stderr)
 
     def _send(self, record: AnyRecord) -> None:
         """A record; metrics have been sent before, all together."""
@@ -128,7 +132,7 @@ class Delivery:
                 for run in {run_id, self._run(MAIN, record.at)}:
                     self._end(run, record.at)
             case _ if file is None:  # no reason to send nothing more
-                print(f"{record.payload} is missing or damaged in {self.journal.folder}", file=sys.stderr)
+                self._leave_out(f"{record.payload}, which is missing or damaged in {self.journal.folder}")
             case Image():
                 self.store.log_image(run_id, file, record.key, record.step)
             case File():

@@ -51,6 +51,7 @@ class Sender:
         self.deliveries: dict[str, Delivery] = {}
         self.champion: bool | None = None
         self.reason = ""  # why not everything is sent
+        self.left_out: list[str] = []  # what will never be sent, in words
         self.monitor: Any = None
         self.monitored = ""  # run
 
@@ -121,7 +122,11 @@ class Sender:
             if name not in self.deliveries:
                 self.deliveries[name] = Delivery(store, Journal(self.workspace, name))
             delivery = self.deliveries[name]
-            delivery.send()
+            try:
+                delivery.send()
+            finally:
+                self.left_out += delivery.left_out
+                delivery.left_out.clear()
             if delivery.champion is not None:
                 self.champion = delivery.champion
             if self.stage == "train" and MAIN in delivery.sent.runs and not self.closed.is_set():
@@ -154,7 +159,7 @@ class Sender:
 
     def summary(self) -> dict[str, Any]:
         """What a stage wants to know at its end."""
-        return {"reason": self.reason, "champion": self.champion}
+        return {"reason": self.reason, "left_out": self.left_out, "champion": self.champion}
 
 
 def send_left_behind(store: Store, but: Iterable[str] = (), patience: float = 0) -> Iterator[str]:

@@ -133,6 +133,8 @@ class Session:
             self.outcome = {"reason": f"the tracking store has not answered for {wait:.0f} s"}
             self._sender.kill()
             self._sender.communicate()
+        for what in self.outcome.get("left_out", []):
+            print(f"{self.stage}: WARNING: MLflow goes without {what}", file=sys.stderr)
         if self.outcome.get("reason"):
             print(
                 f"{self.stage}: WARNING: MLflow has not received everything ({self.outcome['reason']}); "
