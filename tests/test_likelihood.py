@@ -133,13 +133,27 @@ def test_quadrature_equals_the_whole_grid_even_where_the_encoder_is_wrong(step):
 
 def test_quadrature_leaves_out_cells_that_cannot_matter(monkeypatch):
     vae, images = peaked_vae()
-    points = []
-    addmm = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *args: points.append(addmm(*args)) or points[-1])
+    results = []
+    product = likelihood.product
+    monkeypatch.setattr(likelihood, "product", lambda *args: results.append(product(*args)) or results[-1])
+    monkeypatch.setattr(likelihood, "GRID_POINTS", 10 * likelihood.CELL_SIDE**2)  # 10 cells at a time have 10 bounds
 
     quadrature_nll(vae, images, step=0.05)
 
-    assert sum(found.numel() for found in points) < 0.25 * len(images) * (2 * likelihood.REACH / 0.05) ** 2
+    visited = sum(found.numel() for found in results if found.shape[1] == likelihood.CELL_SIDE**2)
+    assert 0 < visited < 0.25 * len(images) * (2 * likelihood.REACH / 0.05) ** 2
+
+
+def test_quadrature_counts_cells_that_matter_only_together():
+    def decode(z):
+        return 33.5 * (z.norm(dim=-1, keepdim=True) < 0.02).to(z) - 13.5  # a peak on one point, a plain around it
+
+    image = torch.ones(1, 1, dtype=torch.float64)
+    vae = model(decode, 2)
+
+    nll = quadrature_nll(vae, image, step=0.04).nll
+
+    torch.testing.assert_close(nll, by_the_whole_grid(vae, image, step=0.04), atol=likelihood.DROPPED, rtol=0)
 
 
 def test_quadrature_counts_a_mode_that_the_encoder_does_not_know():
@@ -155,13 +169,14 @@ def test_quadrature_counts_a_mode_that_the_encoder_does_not_know():
     assert half == pytest.approx(exact + math.log(2), abs=0.05)
 
 
-def test_quadrature_reaches_codes_far_from_the_prior():
+@pytest.mark.parametrize(("mean", "std"), [(9.0, 0.1), (0.0, 2.0)], ids=["far posterior", "wide posterior"])
+def test_quadrature_reaches_codes_far_from_the_prior(mean, std):
     def decode(z):
         return 20 * torch.cat([z - 8.8, 9.2 - z], dim=-1)  # both pixels on: z near 9
 
     image = torch.ones(1, 2, dtype=torch.float64)
 
-    nll = quadrature_nll(model(decode, 1, mean=9.0, std=0.1), image).nll.item()
+    nll = quadrature_nll(model(decode, 1, mean, std), image).nll.item()
 
     assert nll == pytest.approx(by_scipy(decode, image[0]), abs=1e-3)
 
