@@ -210,7 +210,7 @@ def test_measure_nll_samples_in_two_halves_where_there_is_no_grid(images, latent
     assert metrics["nll"] == pytest.approx(together.mean().item())
     assert metrics["nll_method"] == "importance sampling, K = 4"
     assert metrics["nll_half_samples"] == pytest.approx((first.mean() + second.mean()).item() / 2)
-    assert metrics["nll_repeat_se"] == pytest.approx(abs(first.mean() - second.mean()).item() / 2)
+    assert metrics["nll_half_samples_se"] == pytest.approx(abs(first.mean() - second.mean()).item() / 2)
     assert metrics["nll"] <= metrics["nll_half_samples"]
 
 

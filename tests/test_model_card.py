@@ -43,6 +43,10 @@ def test_numbers_table_explains_every_metric():
     }
 
 
+def test_every_standard_error_has_the_name_of_a_number_beside_which_the_table_shows_it():
+    assert {name.removesuffix("_se") for name in MEANINGS if name.endswith("_se")} <= MEANINGS.keys()
+
+
 def test_numbers_table_puts_a_number_beside_its_standard_error():
     metrics = {"elbo": -155.6, "elbo_se": 0.01}
 

@@ -123,7 +123,7 @@ def measure_nll(vae: VAE, x: Pixels, settings: Evaluate) -> tuple[Tensor, Metric
         how = {
             "nll_method": f"importance sampling, K = {2 * halves}",
             "nll_half_samples": repeats.mean().item(),
-            "nll_repeat_se": standard_error(repeats.mean(dim=1)),
+            "nll_half_samples_se": standard_error(repeats.mean(dim=1)),
         }
     return nll, {"nll": nll.mean().item(), "nll_se": standard_error(nll), **how}
 

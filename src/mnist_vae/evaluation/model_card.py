@@ -46,7 +46,7 @@ MEANINGS: dict[str, Meaning] = {
     "val_nll_se": Meaning(_NATS, "standard error of val_nll over those images"),
     "nll_halving_change": Meaning(_NATS, "quadrature: what halving its step, to evaluate.quadrature_step, changed"),
     "nll_half_samples": Meaning(_NATS, "sampling: nll from half of the draws, the mean of two repeats; falls with K"),
-    "nll_repeat_se": Meaning(_NATS, "sampling: standard error of nll_half_samples over the two repeats"),
+    "nll_half_samples_se": Meaning(_NATS, "standard error of nll_half_samples over its two repeats"),
     "active_units": Meaning(
         "count", "latent dimensions whose posterior mean has a variance > 0.01 over images", _BURDA
     ),
