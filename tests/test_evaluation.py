@@ -15,7 +15,7 @@ from mnist_vae.evaluation.evaluate import SampledBce, evaluate, measure_nll, sam
 from mnist_vae.evaluation.likelihood import importance_nll, quadrature_nll
 from mnist_vae.evaluation.model_card import meaning_of
 from mnist_vae.model import latent
-from mnist_vae.model.latent import encode, to_tensor
+from mnist_vae.model.latent import decode, encode, prior_draws, to_tensor
 from mnist_vae.model.vae import VAE, Posterior, VAEConfig
 from mnist_vae.params import Evaluate
 
@@ -281,6 +281,52 @@ def test_evaluate_counts_no_active_unit_where_the_posterior_has_collapsed(vae, d
     assert evaluate(vae, dataset, SETTINGS, 1.0).metrics["active_units"] == 0
 
 
+def test_evaluate_counts_active_units_by_means_and_not_by_variances(vae, dataset):
+    mean, log_var = vae.posterior.weight.data.chunk(2)
+    mean.zero_()
+    log_var.mul_(100)
+
+    evaluation = evaluate(vae, dataset, SETTINGS, 1.0)
+
+    assert (evaluation.posterior.log_var.var(dim=0) > 1).all()
+    assert evaluation.metrics["active_units"] == 0
+
+
+def test_evaluate_classifies_by_the_first_training_codes_and_no_more_neighbours(vae, dataset, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "COMPARED", 8)
+    monkeypatch.setattr(module, "knn_accuracy", lambda *args: asked.append(args) or 0.25)
+    monkeypatch.setattr(module, "linear_probe_accuracy", lambda *args: asked.append(args) or 0.75)
+
+    metrics = evaluate(vae, dataset, SETTINGS.model_copy(update={"neighbours": 50}), 1.0).metrics
+
+    assert (metrics["knn_accuracy"], metrics["linear_probe_accuracy"]) == (0.25, 0.75)
+    train, test = (encode(vae, images).mean for images in (dataset.x_train[:8], dataset.x_test))
+    codes = (train, dataset.y_train[:8], test, dataset.y_test)
+    for args, expected in zip(asked, [(*codes, 8), codes], strict=True):
+        for arg, value in zip(args, expected, strict=True):
+            np.testing.assert_allclose(arg, value, rtol=1e-5)
+
+
+def test_evaluate_compares_test_images_with_samples_reconstructions_and_training_images(vae, dataset, monkeypatch):
+    compared = []
+    features = module.features
+    monkeypatch.setattr(module, "features", lambda images: compared.append(images) or features(images))
+
+    evaluate(vae, dataset, SETTINGS.model_copy(update={"quality_images": 40}), 1.0)
+
+    generator = torch.Generator().manual_seed(SETTINGS.seed)
+    test, train = (torch.randperm(count, generator=generator)[:40].numpy() for count in (60, 225))
+    expected = [
+        dataset.x_test[test] / 255,
+        decode(vae, prior_draws(40, 2, SETTINGS.seed)),
+        decode(vae, encode(vae, dataset.x_test[test]).mean),
+        dataset.x_train[train] / 255,
+    ]
+    for images, those in zip(compared, expected, strict=True):
+        np.testing.assert_allclose(images, those.reshape(40, 784), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("setting", "binary"), [("none", False), ("static", True)])
 def test_evaluate_compares_pictures_of_a_binarised_model_as_draws_of_their_pixels(
     vae, dataset, monkeypatch, setting, binary
@@ -292,6 +338,19 @@ def test_evaluate_compares_pictures_of_a_binarised_model_as_draws_of_their_pixel
     evaluate(vae, binarize_dataset(dataset, setting, seed=1), SETTINGS, 1.0)
 
     assert [set(images.unique().tolist()) == {0.0, 1.0} for images in pictures] == [binary] * 4
+
+
+def test_evaluate_draws_pixels_of_a_binarised_model_as_often_as_its_decoder_says(dataset, monkeypatch):
+    pictures = []
+    features = module.features
+    monkeypatch.setattr(module, "features", lambda images: pictures.append(images) or features(images))
+    vae = constant_decoder(np.full(784, np.log(0.25)))  # each pixel is on in one picture of five
+
+    evaluate(vae, binarize_dataset(dataset, "static", seed=1), SETTINGS, 1.0)
+
+    _, samples, reconstructions, _ = pictures
+    assert samples.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert reconstructions.mean().item() == pytest.approx(0.2, abs=0.01)
 
 
 def test_evaluate_compares_equal_numbers_of_images_however_many_there_are(vae, dataset, monkeypatch):
