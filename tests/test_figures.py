@@ -39,7 +39,9 @@ MAKE = {
     "losses": lambda: losses_figure(HISTORY, TITLE),
     "reconstructions": lambda: reconstructions_figure(noise(6), noise(6, seed=1), np.linspace(50.4, 250.4, 6), TITLE),
     "latents": lambda: latents_figure(codes(), np.arange(50) % 10, (0, 1), np.array([3, 4]), TITLE),
+    "latents without labels": lambda: latents_figure(codes(), None, (0, 1), np.array([3, 4]), TITLE),
     "nll": lambda: nll_figure(np.linspace(80, 200, 50), np.arange(50) % 10, TITLE),
+    "nll without labels": lambda: nll_figure(np.linspace(80, 200, 50), None, TITLE),
     "samples": lambda: samples_figure(noise(8), 4, TITLE),
     "manifold": lambda: manifold_figure(noisy_manifold(), TITLE),
     "traversal": lambda: traversal_figure(noise(10), np.linspace(-3, 3, 5), [4, 1], TITLE),
@@ -172,6 +174,17 @@ def test_latents_figure_of_one_dimension_has_a_row_per_digit():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("posterior mean of z[0]", "digit")
 
 
+def test_latents_figure_of_one_dimension_without_labels_has_one_axis():
+    posterior = codes(20, latent_dim=1)
+
+    (axes,) = latents_figure(posterior, None, (0, 0), np.array([5]), TITLE).axes
+
+    (points,) = axes.collections
+    np.testing.assert_array_equal(points.get_offsets(), np.column_stack([posterior.mean[:, 0], np.zeros(20)]))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("posterior mean of z[0]", "")
+    assert len(axes.get_yticks()) == 0
+
+
 def test_latents_figure_has_z1_running_down_as_the_manifold_has(figures):
     (axes,) = figures["latents"].axes
     bottom, top = axes.get_ylim()
@@ -191,6 +204,13 @@ def test_latents_figure_lists_the_digits_that_occur(digits):
     assert shown_digits == [str(digit) for digit in digits]
 
 
+def test_latents_figure_without_labels_lists_no_digits(figures):
+    (axes,) = figures["latents without labels"].axes
+
+    assert axes.get_legend() is None
+    assert len(axes.collections[0].get_offsets()) == 50
+
+
 # likelihood
 
 
@@ -204,6 +224,26 @@ def test_nll_figure_counts_each_digit_in_a_panel_of_its_own():
         if digit < 9:
             assert axes.get_title() == f"{digit}: mean {nll[labels == digit].mean():.1f}"
     assert "−log p(x), nats" in words(figure)
+
+
+def test_nll_figure_marks_the_mean_of_each_digit(figures):
+    for digit, axes in enumerate(figures["nll"].axes):
+        (line,) = axes.get_lines()
+        assert set(line.get_xdata()) == {np.linspace(80, 200, 50)[digit::10].mean()}
+
+
+def test_nll_figure_has_the_same_bins_in_all_panels(figures):
+    first, *others = ([bar.get_x() for bar in axes.patches] for axes in figures["nll"].axes)
+
+    assert others == [first] * 9
+
+
+def test_nll_figure_without_labels_counts_all_images_in_one_panel(figures):
+    (axes,) = figures["nll without labels"].axes
+
+    assert sum(bar.get_height() for bar in axes.patches) == 50
+    assert axes.get_title() == "mean 140.0"
+    assert "digit" not in words(figures["nll without labels"]).replace(TITLE, "")
 
 
 # samples and manifold

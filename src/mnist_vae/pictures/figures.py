@@ -83,7 +83,10 @@ def latents_figure(
         centre = (means[image, across], rows[image])
         axes.add_patch(Ellipse(centre, width, height, facecolor="none", edgecolor="black", lw=1))
     axes.set_xlabel(f"posterior mean of z[{across}]")
-    axes.set_ylabel("digit" if flat else f"posterior mean of z[{down}]")
+    if flat and labels is None:
+        axes.set_yticks([])
+    else:
+        axes.set_ylabel("digit" if flat else f"posterior mean of z[{down}]")
     axes.invert_yaxis()  # z[1] runs down, as in the grid
     axes.set_aspect("auto" if flat else "equal")
     axes.grid(alpha=0.3)
