@@ -453,6 +453,18 @@ def test_explorer_page_of_a_single_latent_dimension_is_a_line(visit: Callable):
 
 
 @pytest.mark.slow
+def test_explorer_page_spreads_dots_without_labels_over_the_whole_line_in_one_colour(visit: Callable):
+    page = visit(explorer_html(untrained(1), np.linspace(-3, 3, 200)[:, None], None, dataset="noise"))
+    page.uncheck("#digits")
+    assert colourful(page) > 100
+    pixels = seen(page)
+    coloured = np.ptp(pixels, axis=2) > 60
+    assert np.ptp(np.flatnonzero(coloured.any(axis=1))) > 0.4 * len(pixels)
+    red, green, blue = pixels[coloured].T
+    assert (blue > np.maximum(red, green)).all()  # tab10's first colour, as in latents.png
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("latent_dim", [1, 2, 20])
 def test_explorer_page_shows_digit_and_plane_on_a_phone_without_scrolling_sideways(visit: Callable, latent_dim: int):
     page = visit(random_page(untrained(latent_dim)), width=360, height=740, has_touch=True, is_mobile=True)

@@ -73,7 +73,7 @@ def explorer_html(
     fields = {
         "title": html.escape(title),
         "dataset": html.escape(dataset),
-        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "data": json.dumps(data, separators=(",", ":"), allow_nan=False),
     }
     # in one pass, so that a name which looks like a placeholder stays a name
     return re.sub(r"\{\{(\w+)\}\}", lambda placeholder: fields[placeholder[1]], TEMPLATE.read_text(encoding="utf-8"))
