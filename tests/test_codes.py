@@ -64,3 +64,9 @@ def test_active_units_are_dimensions_whose_mean_varies_over_images_by_more_than_
     means = np.array([[0.0, 3.0, 1.00], [0.0, 3.0, 1.30], [0.0, 3.0, 1.00], [0.0, 3.1, 1.30]])  # variances 0, <, >
 
     assert active_units(means).tolist() == [False, False, True]
+
+
+def test_active_units_are_not_made_by_the_rounding_of_a_sum_over_many_images():
+    means = np.full((8_000_000, 2), 3.0, dtype=np.float32)
+
+    assert active_units(means).tolist() == [False, False]

@@ -49,5 +49,5 @@ def active_units(posterior_means: NDArray[Any]) -> NDArray[np.bool_]:
     Cov_x(E_q(z|x)[z]) > 0.01: section 5.2 of Burda et al., "Importance Weighted Autoencoders", ICLR 2016,
     https://arxiv.org/abs/1509.00519. A dimension that fell back on the prior has the same mean for every image.
     """
-    active: NDArray[np.bool_] = posterior_means.var(axis=0) > ACTIVE_VARIANCE
+    active: NDArray[np.bool_] = posterior_means.var(axis=0, dtype=np.float64) > ACTIVE_VARIANCE
     return active

@@ -47,7 +47,11 @@ def explorer_html(
     """
     codes = np.asarray(codes, dtype=np.float32)
     labels = np.full(len(codes), UNLABELLED) if labels is None else np.asarray(labels)
-    activity = codes.var(axis=0) if kld_per_dimension is None else np.asarray(kld_per_dimension, dtype=np.float64)
+    activity = (
+        codes.var(axis=0, dtype=np.float64)
+        if kld_per_dimension is None
+        else np.asarray(kld_per_dimension, dtype=np.float64)
+    )
     latent_dim = vae.config.latent_dim
     if labels.ndim != 1 or codes.shape != (len(labels), latent_dim) or activity.shape != (latent_dim,):
         shapes = f"codes {codes.shape}, labels {labels.shape} and activity {activity.shape}"
