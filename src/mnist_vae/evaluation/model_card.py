@@ -28,7 +28,7 @@ _QUALITY = {
 _CONTENDERS = {
     "samples": "prior samples",
     "reconstructions": "reconstructions",
-    "reference": "training images (the best to hope for)",
+    "reference": "training images (what real images score)",
 }
 
 MEANINGS: dict[str, Meaning] = {
