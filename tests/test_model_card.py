@@ -88,6 +88,11 @@ def test_model_card_says_which_pixels_it_speaks_of(binarize):
     assert CAVEATS[binarize] in card(binarize)
 
 
+@pytest.mark.parametrize(("binarize", "smooth"), [("none", True), ("dynamic", False), ("static", False)])
+def test_model_card_says_that_pictures_are_smooth_where_their_pixels_are_not_drawn(binarize, smooth):
+    assert ("Smooth pixel means" in card(binarize)) == smooth
+
+
 def test_model_card_has_facts_numbers_pictures_and_parameters():
     page = card()
 

@@ -86,6 +86,11 @@ CAVEATS: dict[Binarize, str] = {
     "static": "All pixels are drawn once, from this project's own seed: not the file of Larochelle & Murray (2011).",
 }
 
+SMOOTH = (  # pictures of a binarised model are not: their pixels are drawn
+    " Smooth pixel means lie closer to the real images than these lie to each other: that drives precision and density "
+    "up and recall down, so read coverage first."
+)
+
 
 def model_card(
     title: str,
@@ -116,9 +121,8 @@ def model_card(
         *([f"**Warning:** {COLLAPSED}.", ""] if metrics.get("active_units") == 0 else []),
         f"Sample quality is measured in the space “{FEATURE_SPACE}”, with k = {NEIGHBOURS} and equal numbers of images "
         "on both sides. It compares models of this project with each other and with the reference. It is comparable "
-        "neither with the same figures in an Inception or VGG space nor with FID. Smooth pixel means lie closer to "
-        "the real images than these lie to each other: that drives precision and density up and recall down, so read "
-        "coverage first.",
+        "neither with the same figures in an Inception or VGG space nor with FID."
+        f"{SMOOTH if binarize == 'none' else ''}",
         "",
         "## Pictures",
         "",
