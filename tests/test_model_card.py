@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from mnist_vae.evaluation.model_card import CAVEATS, COLLAPSED, MEANINGS, PICTURES, group, model_card, numbers_table
+from mnist_vae.evaluation.model_card import (
+    CAVEATS,
+    COLLAPSED,
+    MEANINGS,
+    PICTURES,
+    group,
+    is_detail,
+    model_card,
+    numbers_table,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ABOUT = ("dataset", "binarize", "images", "test_sha256")
@@ -117,17 +126,34 @@ def test_model_card_warns_of_a_collapsed_posterior(active_units, warned):
         ("loss", "test/loss"),
         ("nll", "test/nll"),
         ("nll_dynamic", "test/nll_dynamic"),
-        ("kld_z0", "test/kld_z0"),
+        ("kld", "test/kld"),
         ("knn_accuracy", "test/knn_accuracy"),
         ("val_nll", "val/nll"),
-        ("val_nll_se_static", "val/nll_se_static"),
+        ("val_nll_static", "val/nll_static"),
         ("samples_coverage", "quality/samples_coverage"),
         ("reconstructions_recall", "quality/reconstructions_recall"),
-        ("reference_density_static", "quality/reference_density_static"),
+        ("samples_density_static", "quality/samples_density_static"),
     ],
 )
 def test_group_puts_a_metric_where_mlflows_page_shows_its_like(name, grouped):
     assert group(name) == grouped
+
+
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    [
+        ("nll", False),
+        ("kld", False),
+        ("val_nll", False),
+        ("samples_coverage", False),
+        ("elbo_se", True),
+        ("nll_method", True),
+        ("kld_z0", True),
+        ("reference_coverage", True),
+    ],
+)
+def test_is_detail_keeps_from_mlflow_what_the_file_alone_has(name, detail):
+    assert is_detail(name) == detail
 
 
 def test_group_keeps_all_names_apart():
