@@ -16,15 +16,20 @@ def run(program):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_set_up_cpu_takes_denormal_numbers_for_zero_on_every_thread(threads):
+def test_set_up_cpu_gives_torch_and_numpy_their_threads_on_which_denormal_numbers_are_zero(threads):
     program = f"""
 import torch
+from threadpoolctl import threadpool_info
 from mnist_vae.model.cpu import set_up_cpu
 set_up_cpu({threads})
 denormal = torch.full((1_000_000,), 1e-20)
-print(torch.get_num_threads(), (denormal * 1e-20).count_nonzero().item())
+print((denormal * 1e-20).count_nonzero().item(), torch.get_num_threads())
+print(*[library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"])
 """
-    assert run(program) == [str(threads), "0"]
+    nonzero, of_torch, *of_blas = run(program)
+    assert nonzero == "0"
+    assert of_torch == str(threads)
+    assert set(of_blas) == {str(threads)}
 
 
 def test_set_up_cpu_does_not_change_the_loss_of_a_certain_pixel():
