@@ -72,6 +72,12 @@ def test_encode_gives_each_image_its_own_posterior(vae, images):
         torch.testing.assert_close(posterior.log_var[[index]], alone.log_var)
 
 
+def test_encode_gives_no_posteriors_of_no_images(vae, images):
+    posterior = encode(vae, images[:0])
+
+    assert posterior.mean.shape == posterior.log_var.shape == (0, 2)
+
+
 def test_encode_does_not_depend_on_the_size_of_a_block(vae, images, monkeypatch):
     whole = encode(vae, images)
     monkeypatch.setattr(latent, "BLOCK", 7)

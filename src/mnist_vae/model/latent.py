@@ -79,7 +79,7 @@ class PixelBlocks:
 @torch.inference_mode()
 def encode(vae: VAE, images: Sliced) -> Posterior:
     """The posteriors of uint8 images (N, 28, 28), in blocks of nearly equal size: mean and log-variance (N, Z)."""
-    count = -(-len(images) // BLOCK)
+    count = max(1, -(-len(images) // BLOCK))
     size, larger = divmod(len(images), count)  # the first ``larger`` blocks have one image more
     bounds = [block * size + min(block, larger) for block in range(count + 1)]
     weights = next(vae.parameters())
