@@ -18,7 +18,7 @@ from mnist_vae.model.model_file import SavedModel, load_model
 from mnist_vae.params import Params, load_params
 from mnist_vae.pictures import figures
 from mnist_vae.tracking.session import Session
-from stages.artifacts import CODES, DATASET, METRICS, MODEL, PARAMS, PLOTS, read_csv
+from stages.artifacts import CODES, DATASET, METRICS, MODEL, PARAMS, PLOTS, read_losses
 from stages.key import stage_key
 
 RECONSTRUCTIONS = 18  # test images shown, evenly spread from the best to the worst
@@ -91,7 +91,7 @@ def card(params: Params, dataset: Dataset, model: SavedModel, evaluation: Evalua
 def draw(dataset: Dataset, model: SavedModel, evaluation: Evaluation) -> None:
     """The pictures of training and of the test set, with its codes and its likelihoods as tables."""
     title, means = dataset.title, evaluation.posterior.mean.numpy()
-    table = read_csv("losses.csv", "train").drop(columns="binarize")
+    table = read_losses().drop(columns="binarize")
     losses = {str(name): column.tolist() for name, column in table.items()}
     figures.save_png(PLOTS / "losses.png", figures.losses_figure(losses, model.dataset))
 

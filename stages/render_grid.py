@@ -8,7 +8,7 @@ from mnist_vae.params import load_params
 from mnist_vae.pictures import figures
 from mnist_vae.pictures.explorer import explorer_html
 from mnist_vae.tracking.session import Session
-from stages.artifacts import MODEL, PARAMS, PLOTS, read_csv
+from stages.artifacts import MODEL, PARAMS, PLOTS, read_codes
 from stages.key import stage_key
 
 
@@ -22,7 +22,7 @@ def main(session: Session) -> None:
 
     grid = manifold(vae, params.grid.size, params.grid.quantiles, kld_per_dim)
     figures.save_png(PLOTS / "grid.png", figures.manifold_figure(grid, dataset))
-    codes = read_csv("latents.csv", "evaluate", digit="uint8")
+    codes = read_codes(vae.config.latent_dim)
     digits = codes.get("digit")  # None where nobody has labelled the images
     page = explorer_html(vae, codes.filter(like="z"), digits, dataset=dataset, kld_per_dimension=kld_per_dim)
     write_text(PLOTS / "explorer.html", page)

@@ -4,14 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from mnist_vae.errors import UserError
-from stages import stage
+from stages import artifacts, stage
 from stages.__main__ import has_one_thread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -66,6 +66,82 @@ def test_a_stage_imports_what_it_uses(name, unneeded):
     loaded = python("-c", f"import sys, stages.stage, stages.{name}; print(*sys.modules)")
     assert loaded.returncode == 0, loaded.stderr
     assert unneeded.isdisjoint(loaded.stdout.split())
+
+
+# tables that stages pass to each other
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
+    """Write a table into plots/, as the current folder has it."""
+    monkeypatch.chdir(tmp_path)
+    artifacts.PLOTS.mkdir()
+    return Path.write_text
+
+
+@pytest.mark.parametrize(("text", "columns"), [("z0,z1\n0.5,1\n", "z0 z1"), ("digit,z0,z1\n7,0.5,1\n", "digit z0 z1")])
+def test_codes_are_read_with_labels_and_without(table, text, columns):
+    table(artifacts.CODES, text)
+    assert list(artifacts.read_codes(2)) == columns.split()
+
+
+@pytest.mark.parametrize("validation", [[], ["val_loss", "val_bce", "val_kld"]])
+def test_losses_are_read_with_a_validation_and_without(table, validation):
+    columns = ["epoch", "loss", "bce", "kld", *validation, "binarize"]
+    table(artifacts.LOSSES, f"{','.join(columns)}\n{'1,' * (len(columns) - 1)}none\n")
+    assert list(artifacts.read_losses()) == columns
+
+
+HTML = "<html>404</html>\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (HTML, "its columns are <html>404</html>"),
+        ("1,a,b\n", "its columns are 1, a, b"),
+        ("digit,z0,z1,z2\n7,1,2,3\n", "its columns are digit, z0, z1, z2"),
+        ("digit,z0,z1\n", "it has no rows"),
+        ("digit,z0,z1\n7,0.5,\n", "a value is missing or not finite"),
+        ("digit,z0,z1\n7,0.5,inf\n", "a value is missing or not finite"),
+        ("digit,z0,z1\n7,0.5,a\n", "could not convert string to float: 'a'"),
+        ("digit,z0,z1\n,0.5,1\n", "Integer column has NA values in column 0"),
+        (
+            "digit,z0,z1\n300,0.5,1\n",
+            "cannot safely convert passed user dtype of uint8 for int64 dtyped data in column 0",
+        ),
+        (f"digit,z0,z1\n{30 * '9'},0.5,1\n", "Overflow"),
+        ("digit,z0,z1\n7,1,2,3\n", "its rows have more values than its first line has names"),
+        ("", "No columns to parse from file"),
+    ],
+)
+def test_codes_that_evaluate_did_not_write_are_refused_in_one_line(table, text, reason):
+    table(artifacts.CODES, text)
+    with pytest.raises(UserError) as refused:
+        artifacts.read_codes(2)
+    assert str(refused.value) == (
+        f"plots/latents.csv is damaged or not what this project writes ({reason}); "
+        "`dvc repro --force --single-item evaluate` makes it again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (HTML, "its columns are <html>404</html>"),
+        ("epoch,bce,kld,binarize\n1,2,3,none\n", "its columns are epoch, bce, kld, binarize"),
+        ("epoch,loss,bce,kld\n1,2,3,4\n", "its columns are epoch, loss, bce, kld"),
+        ("epoch,loss,bce,kld,binarize\n1,a,3,4,none\n", "could not convert string to float: 'a'"),
+    ],
+)
+def test_losses_that_train_did_not_write_are_refused_in_one_line(table, text, reason):
+    table(artifacts.LOSSES, text)
+    with pytest.raises(UserError) as refused:
+        artifacts.read_losses()
+    assert str(refused.value) == (
+        f"plots/losses.csv is damaged or not what this project writes ({reason}); "
+        "`dvc repro --force --single-item train` makes it again"
+    )
 
 
 # a wrong call
