@@ -216,7 +216,9 @@ def test_no_parameter_takes_a_value_of_another_type(complaint_about, load_with, 
     ("name", "value", "says"),
     [
         ("train.epochs", "abc", "train.epochs is 'abc'; it must be a whole number"),
-        ("train.epochs", "true", "train.epochs is True; it must be a whole number"),
+        ("train.epochs", "true", "train.epochs is true; it must be a whole number"),
+        ("train.epochs", "", "train.epochs is null; it must be a whole number"),
+        ("train.epochs", "[false, {a: null}]", "train.epochs is [false, {'a': null}]; it must be a whole number"),
         ("train.epochs", "1.5", "train.epochs is 1.5; it must be a whole number"),
         ("train.epochs", "3.0", "train.epochs is 3.0; it must be a whole number"),
         ("train.epochs", '"3"', "train.epochs is '3'; it must be a whole number"),
@@ -633,7 +635,12 @@ def test_a_file_too_large_for_params_yaml_is_not_parsed(load, size):
         load(b"- [1]\n" * (size // 6 + 1))
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "3\n", "[1, 2]\n"])
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_a_file_without_content_is_called_empty(complaint, text):
+    assert complaint(text) == ["params.yaml is empty; `git checkout -- params.yaml` brings it back"]
+
+
+@pytest.mark.parametrize("text", ["3\n", "[1, 2]\n"])
 def test_a_file_without_sections_is_refused(complaint, text):
     (line,) = complaint(text)
 

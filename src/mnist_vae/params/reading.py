@@ -23,11 +23,13 @@ def load_params(path: Path) -> Params:
     """Read and check params.yaml, by the YAML 1.2 rules that DVC reads it by (1e-3 is a number).
 
     Raises:
-        UserError: the file is missing, unreadable or not YAML, a parameter is missing, misspelt, of the wrong type
-            or out of range, or a stage would need more memory than this machine has. All parameters that are wrong
-            are named, one line each.
+        UserError: the file is missing, empty, unreadable or not YAML, a parameter is missing, misspelt, of the wrong
+            type or out of range, or a stage would need more memory than this machine has. All parameters that are
+            wrong are named, one line each.
     """
     content = _parse(path.name, _read(path))
+    if content is None:
+        raise UserError(f"{path.name} is empty; `git checkout -- {path.name}` brings it back")
     try:
         params = Params.model_validate(content)
     except ValidationError as error:
@@ -128,9 +130,19 @@ def _explain(problem: ErrorDetails) -> str:
     return f"{name} is {_shown(given)}; it must be {must}"
 
 
+class _Shortened(reprlib.Repr):
+    """Python's way to write a value, cut short, but for three words that YAML writes otherwise."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:  # noqa: N802  found by the name of the type
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+
 def _shown(value: Any) -> str:
-    """A wrong value as Python writes it, cut in the middle or at the end."""
-    short = reprlib.Repr()
+    """A wrong value, cut in the middle or at the end."""
+    short = _Shortened()
     short.maxlevel, short.maxstring, short.maxlong, short.maxother = 2, SHOWN, SHOWN, SHOWN
     try:
         return _on_one_line(short.repr(value))
