@@ -267,6 +267,13 @@ def test_an_accelerator_that_is_not_there_is_named(images):
         fit(images, CONFIG, settings(accelerator="gpu"))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_precision_that_a_cpu_lacks_is_refused(images):
+    refused = r"^params\.yaml: train\.precision is '16-mixed', which needs a GPU; bf16-mixed works on a CPU too$"
+    with pytest.raises(UserError, match=refused):
+        fit(images, CONFIG, settings(precision="16-mixed"))
+
+
 # early stopping
 
 

@@ -83,7 +83,8 @@ def fit(
     get the same result up to rounding. Only the first needs a logger, callbacks and the folder.
 
     Raises:
-        UserError: too many images held out, an accelerator that is not there, or a loss that is not finite.
+        UserError: too many images held out, an accelerator that is not there or lacks the precision, or a loss that is
+            not finite.
     """
     share = own_share()
     if share.is_all and settings.devices * settings.nodes > 1:
@@ -169,12 +170,13 @@ def _trainer(
     """A Trainer that reports through our callbacks only.
 
     Raises:
-        UserError: the accelerator is not there.
+        UserError: the accelerator is not there, or has no such precision.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no inventory of accelerators
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 beside torch 2.13: nothing a user can act on
     warnings.filterwarnings("ignore", ".*checkpoint directory.*")  # it is meant to hold what a run left
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on all processes
+    warnings.filterwarnings("ignore", ".*fp16 is not supported.*")  # it is refused below
     strategy: str | DDPStrategy = "auto"
     plugins: list[Any] = [AtomicCheckpointIO(checkpoint)]
     is_full = settings.precision == "32-true"
@@ -189,7 +191,7 @@ def _trainer(
         plugins.append(TorchElasticEnvironment())
         nodes = share.processes // devices
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=settings.accelerator,
             precision=None if is_full else settings.precision,
             devices=devices,
@@ -208,6 +210,11 @@ def _trainer(
         )
     except (MisconfigurationException, RuntimeError) as error:
         raise UserError(f"params.yaml: train.accelerator is {settings.accelerator!r}: {error}") from error
+    if trainer.precision != settings.precision:  # Lightning takes another one on a CPU
+        raise UserError(
+            f"params.yaml: train.precision is {settings.precision!r}, which needs a GPU; bf16-mixed works on a CPU too"
+        )
+    return trainer
 
 
 def seed_everything(seed: int) -> None:
