@@ -121,11 +121,16 @@ def test_restore_takes_no_folder_of_which_the_cache_has_a_damaged_part(toy, cont
     assert left() == {}
 
 
+def add_reader(folder: Path) -> None:
+    """A stage that reads the folder."""
+    pipeline = YAML(typ="safe").load(folder / "dvc.yaml")
+    pipeline["stages"]["reader"] = {"cmd": "true", "deps": [str(FOLDER)]}
+    YAML().dump(pipeline, folder / "dvc.yaml")
+
+
 @pytest.mark.parametrize("content", [b"one\n", None], ids=["a file", "the listing"])
 def test_a_damaged_folder_is_removed_with_what_the_cache_has_damaged_of_it(toy, content):
-    pipeline = YAML(typ="safe").load(toy / "dvc.yaml")
-    pipeline["stages"]["reader"] = {"cmd": "true", "deps": [str(FOLDER)]}
-    YAML().dump(pipeline, toy / "dvc.yaml")
+    add_reader(toy)
     other = object_of(toy, b"two\n")
     cached = listing_in(toy) if content is None else object_of(toy, content)
     cached.chmod(0o644)
@@ -134,14 +139,43 @@ def test_a_damaged_folder_is_removed_with_what_the_cache_has_damaged_of_it(toy, 
     assert (cached.exists(), FOLDER.exists(), other.exists()) == (False, False, True)
 
 
-def test_a_folder_is_put_into_the_cache_as_dvc_would(toy, monkeypatch):
-    outputs.restore("toy")
-    cache = toy / ".dvc/cache/files/md5"
-    by_dvc = {path.relative_to(cache): path.read_bytes() for path in cache.glob("??/*")}
-    kept = {object_of(toy, b"kept\n").relative_to(cache): b"kept\n"}  # which DVC leaves to git
-    shutil.rmtree(toy / ".dvc/cache")
+def test_an_input_that_a_user_changed_stays_where_the_cache_is_whole(toy):
+    add_reader(toy)
+    assert outputs.remove_damaged("reader") == []
+    assert IN_FOLDER[0].read_text() == "half of something else"
+
+
+@pytest.fixture
+def staged(toy, monkeypatch) -> Path:
+    """The toy as its stage has it that DVC runs."""
     monkeypatch.setattr(outputs, "WORKSPACE", toy)
     monkeypatch.setenv("DVC_STAGE", "toy")
+    return toy
+
+
+def test_a_damaged_object_in_the_cache_is_replaced(staged):
+    outputs.restore("toy")
+    cached = object_of(staged, b"cached\n")
+    cached.chmod(0o644)
+    cached.write_text("damage")
+    outputs.put_into_cache("toy")
+    assert cached.read_bytes() == b"cached\n"
+
+
+@pytest.mark.parametrize("config", [".dvc/config", ".dvc/config.local"])
+def test_nothing_is_put_into_the_project_where_a_setting_has_the_cache_elsewhere(staged, config):
+    shutil.rmtree(staged / ".dvc/cache")
+    (staged / config).write_text("[cache]\n    dir = /elsewhere\n")
+    outputs.put_into_cache("toy")
+    assert not (staged / ".dvc/cache").exists()
+
+
+def test_a_folder_is_put_into_the_cache_as_dvc_would(staged):
+    outputs.restore("toy")
+    cache = staged / ".dvc/cache/files/md5"
+    by_dvc = {path.relative_to(cache): path.read_bytes() for path in cache.glob("??/*")}
+    kept = {object_of(staged, b"kept\n").relative_to(cache): b"kept\n"}  # which DVC leaves to git
+    shutil.rmtree(staged / ".dvc/cache")
     outputs.put_into_cache("toy")
     assert {path.relative_to(cache): path.read_bytes() for path in cache.glob("??/*")} == by_dvc | kept
     assert {path.stat().st_mode & 0o777 for path in cache.glob("??/*")} == {0o444}
@@ -151,6 +185,12 @@ def test_restore_takes_no_damaged_object_from_the_cache(toy):
     cached = object_of(toy, b"cached\n")
     cached.chmod(0o644)
     cached.write_text("damage\n")
+    outputs.restore("toy")
+    assert left() == {}
+
+
+def test_restore_takes_nothing_from_git_that_dvc_did_not_record(toy):
+    commit(toy, "Half of something else")
     outputs.restore("toy")
     assert left() == {}
 
@@ -206,6 +246,35 @@ def test_check_cache_removes_damaged_objects_and_leaves_what_dvc_is_writing(toy,
     assert not cached.exists()
     assert being_written.exists()
     assert caplog.messages == [f"{cached} was damaged on the disk; it is removed and will be made again"]
+
+
+def test_check_cache_reads_each_object_once(toy, monkeypatch):
+    read = []
+    monkeypatch.setattr(outputs, "WORKSPACE", toy)
+    monkeypatch.setattr(outputs, "is_whole", lambda found: read.append(found) or True)
+    outputs.check_cache()
+    outputs.check_cache()
+    assert sorted(read) == sorted((toy / ".dvc/cache/files/md5").glob("??/*"))
+
+
+def test_check_cache_reads_next_time_what_came_while_it_was_at_work(toy, monkeypatch):
+    read, late = [], object_of(toy, b"late\n")
+
+    def is_whole(found):
+        read.append(found)
+        if not late.exists():
+            time.sleep(0.02)  # the clock of files is coarser
+            late.parent.mkdir(exist_ok=True)
+            late.write_bytes(b"late\n")
+            time.sleep(0.02)
+        return True
+
+    monkeypatch.setattr(outputs, "WORKSPACE", toy)
+    monkeypatch.setattr(outputs, "is_whole", is_whole)
+    outputs.check_cache()
+    read.clear()
+    outputs.check_cache()
+    assert read == [late]
 
 
 # a stage that fails
