@@ -195,10 +195,14 @@ def _put_object(cache: Path, name: str, scratch: Path, write: Callable[[Path], A
 
 
 def _is_cache_elsewhere() -> bool:
-    """Whether the project's settings name another folder for DVC's cache."""
+    """Whether DVC's settings, of this project, this person or this machine, name another folder for its cache."""
+    from dvc.dirs import global_config_dir, system_config_dir
+
+    own = (WORKSPACE / ".dvc/config", WORKSPACE / ".dvc/config.local")
+    others = (Path(folder(), "config") for folder in (global_config_dir, system_config_dir))
     settings = configparser.ConfigParser(interpolation=None)
     try:
-        settings.read([WORKSPACE / ".dvc/config", WORKSPACE / ".dvc/config.local"], encoding="utf-8")
+        settings.read([*own, *others], encoding="utf-8")
     except (configparser.Error, OSError, UnicodeDecodeError):
         return True
     return settings.has_option("cache", "dir")

@@ -162,9 +162,14 @@ def test_a_damaged_object_in_the_cache_is_replaced(staged):
     assert cached.read_bytes() == b"cached\n"
 
 
-@pytest.mark.parametrize("config", [".dvc/config", ".dvc/config.local"])
-def test_nothing_is_put_into_the_project_where_a_setting_has_the_cache_elsewhere(staged, config):
+@pytest.mark.parametrize(
+    "config", [".dvc/config", ".dvc/config.local", "of the person/config", "of the machine/config"]
+)
+def test_nothing_is_put_into_the_project_where_a_setting_has_the_cache_elsewhere(staged, monkeypatch, config):
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(staged / "of the person"))
+    monkeypatch.setenv("DVC_SYSTEM_CONFIG_DIR", str(staged / "of the machine"))
     shutil.rmtree(staged / ".dvc/cache")
+    (staged / config).parent.mkdir(exist_ok=True)
     (staged / config).write_text("[cache]\n    dir = /elsewhere\n")
     outputs.put_into_cache("toy")
     assert not (staged / ".dvc/cache").exists()
