@@ -14,10 +14,11 @@ from PIL import Image
 
 from stages.outputs import hash_of, md5
 from tests.pipeline import clone_working_tree, commit, environment, run
+from tools import verify
 from tools.clone import ROOT, clone, git
 from tools.difference import difference
 from tools.table import table
-from tools.verify import Artifact, CannotVerifyError, check_dataset, compare, read_lock, summary
+from tools.verify import Artifact, CannotVerifyError, check_dataset, committed_content, compare, read_lock, summary
 
 HERE = {"cpu": "AVX512", "torch": "2"}
 
@@ -92,6 +93,18 @@ def test_compare_names_an_artifact_that_only_the_new_run_has(tmp_path):
     (tmp_path / "dvc.lock").write_bytes(lock_of([old, new]))
     results = [(path, result) for _, path, result in compare([old], tmp_path, lambda _: None)]
     assert results == [("a.csv", "equal"), ("b.csv", "differs: is not in the committed dvc.lock")]
+
+
+def test_committed_content_is_what_git_has_where_the_lock_names_it(tmp_path, monkeypatch):
+    (tmp_path / "losses.csv").write_bytes(b"committed")
+    run(tmp_path, "git", "init", "--quiet")
+    for name, value in {"user.name": "A Tester", "user.email": "tester@example.org"}.items():
+        run(tmp_path, "git", "config", name, value)
+    run(tmp_path, "dvc", "init", "--quiet")
+    commit(tmp_path, "A run")
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    assert committed_content(Artifact("train", "losses.csv", md5(b"committed"))) == b"committed"
+    assert committed_content(Artifact("train", "losses.csv", md5(b"of another run"))) is None
 
 
 def test_md5_is_that_of_dvc(tmp_path):
