@@ -59,6 +59,12 @@ def test_git_state_stays_clean_whatever_the_pipeline_writes(repository, output):
     assert git_state(repository)["git_dirty"] == "false"
 
 
+def test_git_state_of_a_folder_is_clean_where_only_a_file_beside_it_changed(repository):
+    (repository / "plots/grid.png").write_text("second\n")
+
+    assert git_state(repository / "metrics")["git_dirty"] == "false"
+
+
 def test_git_state_is_unknown_outside_of_git(tmp_path):
     assert git_state(tmp_path) == UNKNOWN
 
