@@ -3,6 +3,8 @@
 import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -71,3 +73,13 @@ def test_the_document_is_what_the_table_says():
 def test_names_of_faults_are_unique():
     slugs = [slug(fault) for fault in FAULTS]
     assert len(set(slugs)) == len(slugs) >= 55
+
+
+@pytest.mark.parametrize("count", ["abc", "-3"])
+def test_a_sample_of_no_number_is_refused_in_one_line(count):
+    command = [sys.executable, "-m", "pytest", "--collect-only", Path(__file__).parent]
+    refused = subprocess.run(
+        command, env=os.environ | {"FAULTS": count}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert refused.returncode == pytest.ExitCode.USAGE_ERROR
+    assert refused.stderr.strip() == f"ERROR: FAULTS is '{count}'; it must be a whole number: how many faults to inject"
