@@ -82,7 +82,7 @@ verify: $(READY) ## run the pipeline in a fresh clone and compare every artifact
 	@python -m tools.verify
 
 table: $(READY) ## list the experiments as a narrow table (`dvc exp show` has all columns)
-	@dvc exp show --no-pager --drop '.*' --keep 'Experiment|model.latent_dim|(nll|elbo|kld|active_units|knn_accuracy)$$'
+	@dvc exp show --no-pager --md --drop '.*' --keep 'Experiment|model.latent_dim|(nll|elbo|kld|active_units|knn_accuracy)$$'
 
 papers: $(READY) ## run published settings and write docs/papers.md (hours; ROWS="svae-d2 …" takes some)
 	@python -m tools.papers $(ROWS)

@@ -82,5 +82,7 @@ def finished_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipeline(finished_pipeline: Path, tmp_path: Path) -> Path:
-    """A copy of the finished pipeline, to be changed at will; its MLflow runs keep their artifacts where they were."""
-    return Path(shutil.copytree(finished_pipeline, tmp_path / "mnist-vae", symlinks=True))
+    """A copy of the finished pipeline, to be changed at will."""
+    from tests.tracking import copy_workspace  # which loads MLflow
+
+    return copy_workspace(finished_pipeline, tmp_path / "mnist-vae")

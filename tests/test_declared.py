@@ -8,7 +8,6 @@ with the reason why it cannot change an output.
 import ast
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -21,6 +20,7 @@ from ruamel.yaml import YAML
 
 from tests.pipeline import run, stages_run
 from tests.test_pipeline import OFFLINE
+from tests.tracking import copy_workspace
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARY = "src/mnist_vae"
@@ -145,7 +145,7 @@ def project_files() -> list[str]:
 def uses(finished_pipeline, tmp_path_factory) -> dict[str, Use]:
     """What each stage used, run in a copy of the finished pipeline as DVC runs it."""
     folder = tmp_path_factory.mktemp("declared")
-    clone = Path(shutil.copytree(finished_pipeline, folder / "mnist-vae", symlinks=True))
+    clone = copy_workspace(finished_pipeline, folder / "mnist-vae")
     # So that download looks for MNIST in vain, and then takes the digits: it uses all that it can use.
     params = clone / "params.yaml"
     params.write_text(params.read_text().replace("dataset: digits", "dataset: mnist"))

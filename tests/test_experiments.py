@@ -16,6 +16,7 @@ from mlflow.entities import Run
 from mnist_vae.model.model_file import load_model
 from tests.pipeline import environment, run, stages_run
 from tests.runs import artifacts, main_run, stored_runs
+from tests.tracking import copy_workspace
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,7 @@ IN_THE_CODE, IN_THE_CHANGED_CODE = '"torch": torch.__version__', '"torch": "chan
 @pytest.fixture(scope="module")
 def swept(finished_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone without any store or journal, in which three queued experiments have run, one of them with other code."""
-    clone = Path(shutil.copytree(finished_pipeline, tmp_path_factory.mktemp("sweep") / "mnist-vae", symlinks=True))
+    clone = copy_workspace(finished_pipeline, tmp_path_factory.mktemp("sweep") / "mnist-vae")
     for folder in ("journal", "mlruns"):
         shutil.rmtree(clone / folder)
     for file in clone.glob("mlflow.db*"):
@@ -130,8 +131,8 @@ def test_exp_show_has_a_row_for_each(swept):
 
 
 def test_the_narrow_table_tells_them_apart(swept):
-    table = run(swept, "make", "--assume-old=.venv/ready", "table", env={"COLUMNS": "200"}).stdout
-    assert all(re.search(rf"\[{name}\].* {latent_dim}\s*$", table, re.M) for name, latent_dim in EXPERIMENTS.items())
+    table = run(swept, "make", "--assume-old=.venv/ready", "table", env={"COLUMNS": "80"}).stdout
+    assert all(re.search(rf"\[{name}\].* {latent_dim} *\|$", table, re.M) for name, latent_dim in EXPERIMENTS.items())
 
 
 def test_exp_diff_tells_two_apart(swept):
@@ -146,7 +147,7 @@ def test_exp_branch_makes_a_branch_of_one(swept):
 
 
 def test_exp_apply_brings_one_with_its_model_and_run(swept, tmp_path):
-    clone = Path(shutil.copytree(swept, tmp_path / "mnist-vae", symlinks=True))
+    clone = copy_workspace(swept, tmp_path / "mnist-vae")
     run(clone, "dvc", "exp", "apply", "sweep-2")
     assert load_model(clone / "models/vae.safetensors").vae.config.latent_dim == 3
     assert main_run(clone).info.run_id == mlflow_runs(swept)["sweep-2"].info.run_id

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from stages import outputs
 from tests.pipeline import commit, environment, run, set_params, stages_run
 from tests.runs import children, client_of, main_run, stored_runs
+from tests.tracking import copy_workspace
 
 pytestmark = pytest.mark.slow
 
@@ -402,7 +403,7 @@ def training(clone: Path) -> Iterator[tuple[subprocess.Popen, psutil.Process, Pa
 @pytest.fixture(scope="module")
 def undisturbed(finished_pipeline, tmp_path_factory) -> dict[str, bytes | None]:
     """The outputs of a longer training that nothing disturbs."""
-    clone = Path(shutil.copytree(finished_pipeline, tmp_path_factory.mktemp("undisturbed") / "vae", symlinks=True))
+    clone = copy_workspace(finished_pipeline, tmp_path_factory.mktemp("undisturbed") / "vae")
     set_params(clone, {"train.epochs": EPOCHS})
     run(clone, "dvc", "repro", "train")
     return outputs_of(clone, "train")
@@ -411,7 +412,7 @@ def undisturbed(finished_pipeline, tmp_path_factory) -> dict[str, bytes | None]:
 @pytest.fixture(scope="module")
 def disturbed(finished_pipeline, tmp_path_factory) -> Path:
     """A copy of the finished pipeline that is to train for longer."""
-    clone = Path(shutil.copytree(finished_pipeline, tmp_path_factory.mktemp("disturbed") / "vae", symlinks=True))
+    clone = copy_workspace(finished_pipeline, tmp_path_factory.mktemp("disturbed") / "vae")
     set_params(clone, {"train.epochs": EPOCHS})
     return clone
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from mnist_vae.model.model_file import load_model
 from mnist_vae.params import load_params
 from tests.pipeline import run, set_params, stages_run
 from tests.runs import artifacts, children, client_of, main_run, stored_runs
+from tests.tracking import copy_workspace
 
 pytestmark = pytest.mark.slow
 
@@ -289,7 +289,7 @@ def test_dvc_commands_read_well(pipeline):
 
 def run_with(finished_pipeline: Path, folder: Path, params: Mapping[str, Any]) -> Path:
     """A copy of the finished pipeline that has run with other parameters."""
-    clone = Path(shutil.copytree(finished_pipeline, folder / "mnist-vae", symlinks=True))
+    clone = copy_workspace(finished_pipeline, folder / "mnist-vae")
     set_params(clone, params)
     run(clone, "dvc", "repro")
     return clone

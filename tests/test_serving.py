@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from mnist_vae.tracking import registry, serving
 from mnist_vae.tracking.registry import REGISTERED, register_models
 from mnist_vae.tracking.serving import Decoder, Encoder
 from mnist_vae.tracking.store import DATABASE, Store
-from tests.tracking import run, start, whole_content
+from tests.tracking import copy_store, run, start, whole_content
 from tools.deployment import free_port
 
 LATENT_DIM = 3
@@ -75,8 +74,7 @@ def workspace(tmp_path_factory, path):
 @pytest.fixture
 def fresh(workspace, tmp_path, monkeypatch):
     """A copy of the store to change; the files of models are not written, which takes most of the time."""
-    with sqlite3.connect(workspace / DATABASE) as before, sqlite3.connect(tmp_path / DATABASE) as after:
-        before.backup(after)
+    copy_store(workspace, tmp_path)
     monkeypatch.setattr(registry, "_log_model", lambda *_: None)
     return Store(tmp_path)
 

@@ -12,6 +12,7 @@ import pytest
 
 from stages.outputs import hash_of
 from tests.pipeline import commit, introduce, run, set_params, stages_run
+from tests.tracking import copy_workspace
 from tools.deployment import free_port, wait_for
 from tools.verify import read_lock
 
@@ -59,7 +60,7 @@ def origin(request, finished_pipeline: Path, tmp_path_factory: pytest.TempPathFa
     author, git_remote, storage, who = folder / "author", folder / "origin.git", str(folder / "storage"), {}
     if request.param == "s3":
         storage, who = "s3://results/mnist-vae", WHO | {"endpointurl": request.getfixturevalue("s3")}
-    shutil.copytree(finished_pipeline, author, symlinks=True)
+    copy_workspace(finished_pipeline, author)
     run(author, "dvc", "remote", "add", "--default", "storage", storage)
     commit(author, "Where results are shared")
     introduce(author, who)

@@ -18,6 +18,7 @@ from mnist_vae.model.model_file import load_model
 from stages.outputs import hash_of
 from tests.pipeline import commit, introduce, run, set_params, stages_run
 from tests.runs import artifacts, stored_runs
+from tests.tracking import copy_workspace
 from tools.verify import read_lock
 
 pytestmark = pytest.mark.slow
@@ -83,7 +84,7 @@ def shared(request, finished_pipeline: Path, tmp_path_factory: pytest.TempPathFa
     """Author and colleague: one has pushed, the other has cloned and pulled."""
     folder = tmp_path_factory.mktemp(f"by_{request.param}")
     author, colleague = folder / "author", folder / "colleague"
-    shutil.copytree(finished_pipeline, author, symlinks=True)
+    copy_workspace(finished_pipeline, author)
     where, who = "../storage", {}
     if request.param == "ssh":
         port, key = request.getfixturevalue("ssh_server")
@@ -102,7 +103,7 @@ def shared(request, finished_pipeline: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def colleague(shared: tuple[Path, Path], tmp_path: Path) -> Path:
     """The colleague's clone, to be changed at will."""
-    return Path(shutil.copytree(shared[1], tmp_path / "colleague", symlinks=True))
+    return copy_workspace(shared[1], tmp_path / "colleague")
 
 
 def test_a_clone_and_a_pull_bring_every_artifact(shared):

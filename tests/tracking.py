@@ -5,9 +5,11 @@ A fresh store takes seconds to make, so tests copy one, with the folder of its a
 
 import hashlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,32 @@ def copy_store(template: Path, workspace: Path) -> Path:
     workspace.mkdir(parents=True, exist_ok=True)
     with sqlite3.connect(template / DATABASE) as before, sqlite3.connect(workspace / DATABASE) as after:
         before.backup(after)
-        location = (workspace / "mlruns" / EXPERIMENT).as_uri()
-        after.execute("update experiments set artifact_location = ? where name = ?", (location, EXPERIMENT))
     before.close()
     after.close()
+    relocate_store(template, workspace)
     return workspace
+
+
+def copy_workspace(source: Path, target: Path) -> Path:
+    """A copy of a workspace whose MLflow store says that artifacts are where they are now."""
+    shutil.copytree(source, target, symlinks=True)
+    relocate_store(source, target)
+    return target
+
+
+def relocate_store(before: Path, after: Path) -> None:
+    """Have the store of a workspace that was copied name the new folder wherever it named the old one."""
+    if not (after / DATABASE).exists():
+        return
+    with closing(sqlite3.connect(after / DATABASE)) as store, store:
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("logged_models", "artifact_location"),
+            ("model_versions", "source"),
+            ("model_versions", "storage_location"),
+        ):
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (before.as_uri(), after.as_uri()))
 
 
 def begin(stage: str, key: str = "", process: str = "", **params: str) -> Begin:

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from tests.pipeline import TINY, clone_working_tree, commit, environment, run, set_params
+from tests.tracking import relocate_store
 
 State = Literal["fresh", "downloaded", "trained", "finished"]
 EPOCHS = 4
@@ -51,17 +52,7 @@ def copy(states: Path, state: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["cp", "--archive", source, target], check=True)
     shutil.copy(Path(__file__).with_name("interfere.py"), target / "src/sitecustomize.py")
-    if (target / "mlflow.db").exists():
-        before, after = source.as_uri(), target.as_uri()
-        with closing(sqlite3.connect(target / "mlflow.db")) as store, store:
-            for table, column in (
-                ("experiments", "artifact_location"),
-                ("runs", "artifact_uri"),
-                ("logged_models", "artifact_location"),
-                ("model_versions", "source"),
-                ("model_versions", "storage_location"),
-            ):
-                store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (before, after))
+    relocate_store(source, target)
     return target
 
 
