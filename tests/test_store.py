@@ -499,7 +499,10 @@ for _ in range(10):  # slower than QUIET_S, but at it
 with sqlite3.connect(sys.argv[2]) as source:
     source.backup(target)
 """
-    process = start(program, tmp_path, workspace / DATABASE)
+    source = copy_store(workspace, tmp_path / "source") / DATABASE
+    with sqlite3.connect(source) as made:
+        made.execute("update experiments set artifact_location = replace(artifact_location, '/source/', '/')")
+    process = start(program, tmp_path, source)
     assert process.stdout.readline() == "half\n"
 
     store = Store(tmp_path)
