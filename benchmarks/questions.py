@@ -237,31 +237,32 @@ class Bench:
             f"fast training took 1/{tuned / slowest:.1f} of that.",
         )
 
+    def rate(self, run: dict[str, Any]) -> float:
+        """Images per second of a training, but for its first epoch (warm-up) and its last (others may have ended)."""
+        return self.effort.images / mean(run["seconds"][1:-1])
+
+    def side_by_side(self, **arguments: Any) -> float:
+        """Images per second of two trainings at once, with one thread each."""
+        workers = [Worker("pipeline", self.folder, 1, **arguments) for _ in range(2)]
+        return sum(self.rate(worker.result()) for worker in workers)
+
     def thread_counts(self) -> Section:
         effort = self.effort
-        epochs = effort.epochs + 2  # the first is warm-up; in the last one the other may have ended
-        common = {"epochs": epochs, "images": effort.images, "cpus": self.pair}
+        common = {"epochs": effort.epochs + 2, "images": effort.images, "cpus": self.pair}
 
-        def rate(run: dict[str, Any]) -> float:
-            return effort.images / mean(run["seconds"][1:-1])
-
-        def side_by_side() -> float:
-            workers = [Worker("pipeline", self.folder, 1, **common) for _ in range(2)]
-            return sum(rate(worker.result()) for worker in workers)
+        def alone(threads: int) -> float:
+            return self.rate(self.worker("pipeline", threads, **common))
 
         def beside_busy(threads: int) -> float:
             with busy_process(self.pair):
-                return rate(self.worker("pipeline", threads, **common))
+                return alone(threads)
 
         idle, busy = "machine idle", "beside a busy process"
         found = alternate(
             {
-                ("one experiment", "1", idle): lambda: rate(self.worker("pipeline", 1, **common)),
-                ("the same, libraries left alone", "1", idle): lambda: rate(
-                    self.worker("pipeline", 1, left_alone=True, **common)
-                ),
-                ("one experiment", "2", idle): lambda: rate(self.worker("pipeline", 2, **common)),
-                ("two side by side", "1 each", idle): side_by_side,
+                ("one experiment", "1", idle): lambda: alone(1),
+                ("one experiment", "2", idle): lambda: alone(2),
+                ("two side by side", "1 each", idle): lambda: self.side_by_side(**common),
                 ("one experiment", "1", busy): lambda: beside_busy(1),
                 ("one experiment", "2", busy): lambda: beside_busy(2),
             },
@@ -273,8 +274,9 @@ class Bench:
         return Section(
             "Threads",
             "Training throughput of the pipeline on two cores, batch 64. Of every run the first and the last epoch are "
-            "dropped: warm-up, and the time when the other may already have ended. With one thread the libraries take "
-            "AVX2, for equal bytes on all processors; left alone, as with two threads, what suits the processor best.",
+            "dropped: warm-up, and the time when the other may already have ended. With one thread, matrix products "
+            "are NumPy's and all libraries take AVX2, for equal bytes on all processors; with two, products are "
+            "torch's, and the libraries take what suits the processor best.",
             ["", "threads", "", "images/s", "of one alone"],
             [[*key, sample.text(0), f"{sample.median / one:.2f} ×"] for key, sample in rates.items()],
             [Limit("two experiments side by side / one", two / one, 1.7, at_least=True)],
@@ -284,21 +286,24 @@ class Bench:
         effort = self.effort
         common = {"epochs": effort.epochs + 2, "images": effort.images, "batch_size": 512, "cpus": self.pair}
         found = alternate(
-            {devices: lambda n=devices: self.worker("pipeline", devices=n, **common) for devices in (1, 2)},
+            {
+                "two processes": lambda: self.rate(self.worker("pipeline", devices=2, **common)),
+                "one process": lambda: self.rate(self.worker("pipeline", **common)),
+                "two trainings, each its own": lambda: self.side_by_side(**common),
+            },
             effort.rounds,
         )
-        seconds = {devices: seconds_per_epoch(runs) for devices, runs in found.items()}
-        ratio = seconds[1].median / seconds[2].median
+        rates = {key: Sample.of(values) for key, values in found.items()}
+        two, one, apart = (rate.median for rate in rates.values())
         return Section(
             "Processes",
             "Training throughput of the pipeline at a global batch of 512, in one process and in two that share each "
-            "mini-batch (`train.devices`), with one thread each, on the same two cores. The first epoch is dropped.",
-            ["processes", "s per epoch", "images/s"],
-            [
-                [str(devices), sample.text(), f"{effort.images / sample.median:,.0f}"]
-                for devices, sample in seconds.items()
-            ],
-            [Limit("two processes / one, images per second", ratio, 1.7, at_least=True)],
+            "mini-batch (`train.devices`), with one thread each, on the same two cores; beside it, what two trainings "
+            "do there that share nothing. Of every run the first and the last epoch are dropped.",
+            ["", "images/s", "of one process"],
+            [[key, sample.text(0), f"{sample.median / one:.2f} ×"] for key, sample in rates.items()],
+            [Limit("two processes / one, images per second", two / one, 1.7, at_least=True)],
+            f"The two processes do {two / apart:.2f} × what two trainings do that share nothing.",
         )
 
     def server(self) -> Section:

@@ -298,11 +298,11 @@ def main() -> None:
     task, arguments = sys.argv[1], json.loads(sys.argv[2])
     if cpus := arguments.pop("cpus", None):
         os.sched_setaffinity(0, cpus)
-    threads, left_alone = arguments.pop("threads"), arguments.pop("left_alone", False)
+    threads = arguments.pop("threads")
     with contextlib.redirect_stdout(sys.stderr):  # progress bars; stdout is for the result
         from mnist_vae.portable import set_up_libraries
 
-        if threads == 1 and not left_alone and task not in ("bare", "notebook", "whole_notebook"):
+        if threads == 1 and task not in ("bare", "notebook", "whole_notebook"):  # these take torch as it is
             set_up_libraries()
         from mnist_vae.compat import cure_torchvision
         from mnist_vae.model.cpu import set_up_cpu
