@@ -22,12 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=f"{', '.join(QUESTIONS)}; only printed"
     )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        metavar="N",
-        help="rounds, instead of 3, of most questions",
-    )
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds, instead of 3, of most questions")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
     if arguments.rounds is not None:

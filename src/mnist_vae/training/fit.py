@@ -77,7 +77,7 @@ def fit(
     held out for validation are drawn once. With a folder for ``checkpoints``, training goes on from what an
     interrupted call with the same arguments left there, and ends with the same bits as if nothing had happened.
     Equal seeds, settings and machines give equal bits; the number of threads is the caller's to set. ``callbacks`` hear
-    of epochs and of chunks of mini-batches, not of each optimiser step.
+    of epochs and of chunks of mini-batches; in float32 (``FullPrecision``) not of each optimiser step.
 
     Several processes (``processes``) each call it with the same arguments, take their share of each mini-batch, and
     get the same result up to rounding. Only the first needs a logger, callbacks and the folder.
