@@ -76,7 +76,8 @@ class SlowPrecision(Precision):
 def sums(rank: int) -> dict[str, Any]:
     """What a process has after each step down the gradients rank², rank² + 1, …, and which of them are its own.
 
-    And what sums of such numbers come to, fewer and more of them than there are weights. The later processes are slow.
+    And what sums of such numbers come to, fewer and more of them than there are weights; what the processes decide
+    together where one, none and all of them say yes; and when they meet. The later processes are slow.
     """
     seconds = 0.02 * rank
     module = L.LightningModule()
@@ -100,7 +101,18 @@ def sums(rank: int) -> dict[str, Any]:
     own = [number for number, weight in enumerate(module.weights) if weight.grad is not None]
     fewer, more = (torch.full((2, half), float(rank**2)) for half in (1, sum(SIZES)))
     totals = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, fewer + 1, more)]
-    return {"weights": weights_seen, "own": own, "sums": [total.tolist() for total in totals]}
+    answers = [rank == 0, False, True]
+    decisions = [[strategy.reduce_boolean_decision(answer, all=every) for answer in answers] for every in (False, True)]
+    arrived = time.monotonic()
+    strategy._wait_for_all = wait
+    strategy.barrier()
+    return {
+        "weights": weights_seen,
+        "own": own,
+        "sums": [total.tolist() for total in totals],
+        "decisions": decisions,
+        "met": [arrived, time.monotonic()],  # Linux: one clock for all processes
+    }
 
 
 def main(count: int, images: Path, folder: Path) -> None:

@@ -90,7 +90,7 @@ def test_all_processes_end_with_the_same_history_and_only_the_first_logs_it(fitt
 
 @WHERE_MEMORY_IS_SHARED
 @pytest.mark.parametrize("count", COUNTS[1:])
-def test_all_step_down_the_sum_of_gradients_also_where_some_are_slow(fitted, count):
+def test_all_step_down_the_sum_of_gradients_decide_and_meet_also_where_some_are_slow(fitted, count):
     total = sum(rank**2 for rank in range(count))
     after = [-sum(total + count * step for step in range(steps)) for steps in range(1, STEPS + 1)]
     outcomes = [json.loads((fitted[count] / f"sums, {rank}.json").read_text()) for rank in range(count)]
@@ -98,7 +98,9 @@ def test_all_step_down_the_sum_of_gradients_also_where_some_are_slow(fitted, cou
     for outcome in outcomes:
         assert outcome["weights"] == [[[value] * size for size in SIZES] for value in after]
         assert outcome["sums"] == [[[total]] * 2, [[total + count]] * 2, [[total] * sum(SIZES)] * 2]
+        assert outcome["decisions"] == [[True, False, True], [False, False, True]]
     assert sorted(number for outcome in outcomes for number in outcome["own"]) == [*range(len(SIZES))]
+    assert min(outcome["met"][1] for outcome in outcomes) >= max(outcome["met"][0] for outcome in outcomes)
 
 
 @WHERE_MEMORY_IS_SHARED

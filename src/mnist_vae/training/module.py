@@ -119,13 +119,15 @@ class VAETraining(L.LightningModule):
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         assert not isinstance(schedule, list)
+        parameters = [*self.vae.parameters()]
         totals = [torch.zeros(3, device=self.device)]  # after each step
         steps_before = self.current_epoch * self.steps_per_epoch + self.steps
         for step, (x, images) in enumerate(self._mini_batches(chunk), steps_before):
             weight = self.kl_weight(step)
             rising = None if weight == self.settings.kl_weight else torch.tensor(weight, device=self.device)
             minimised, terms = self.terms(x, images, kl_weight=rising)
-            optimizer.zero_grad()
+            for parameter in parameters:  # optimizer.zero_grad takes four times as long, not little beside 64 images
+                parameter.grad = None
             self.manual_backward(minimised)
             optimizer.step()
             if schedule is not None:
