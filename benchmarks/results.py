@@ -32,7 +32,8 @@ class Limit:
         """What, measured, limit, verdict."""
         bound = "at least" if self.at_least else "at most"
         verdict = "holds" if self.holds else "**does not hold**"
-        return [self.what, f"{self.value:.3g} {self.unit}", f"{bound} {self.limit:.3g} {self.unit}", verdict]
+        measured = f"{self.value:#.3g}".removesuffix(".")
+        return [self.what, f"{measured} {self.unit}", f"{bound} {self.limit:.3g} {self.unit}", verdict]
 
 
 @dataclass

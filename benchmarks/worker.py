@@ -314,7 +314,12 @@ def main() -> None:
             torch.set_num_threads(threads)
         else:
             set_up_cpu(threads)
-        result = TASKS[task](**arguments)
+        from mnist_vae.errors import UserError
+
+        try:
+            result = TASKS[task](**arguments)
+        except UserError as error:
+            sys.exit(str(error))
     if os.environ.get("RANK", "0") == "0":  # the first, if there are several
         print(json.dumps({**result, "peak_bytes": peak_bytes()}))
 

@@ -176,7 +176,7 @@ def test_render_shows_a_broken_limit_at_the_top():
     text = render([section], ["Machine: made up"])
 
     top, _, rest = text.partition("## Speed")
-    assert ["Speed", "left / right", "2 ×", "at most 1.25 ×", "**does not hold**"] in rows(top)
+    assert ["Speed", "left / right", "2.00 ×", "at most 1.25 ×", "**does not hold**"] in rows(top)
     assert "- Machine: made up" in top
     assert ["left", "2.0"] in rows(rest)
     assert {line.count("|") for line in rest.splitlines() if line.startswith("|")} == {3}
