@@ -29,21 +29,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x (…, I) as (N, I)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class LinearFunction(torch.autograd.Function):
-    """x (N, I) · weightᵀ (I, O) + bias (O,), and its gradient, by ``product``."""
+    """x (…, I) · weightᵀ (I, O) + bias (O,), and its gradient, by ``product``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(N, O)."""
+        """(…, O)."""
         ctx.save_for_backward(x, weight)
-        return product(x, weight.t()).add_(bias)
+        return product(rows_of(x), weight.t()).add_(bias).view(*x.shape[:-1], len(bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradient by each argument, from that by the result (N, O)."""
+        """The gradient by each argument, from that by the result (…, O)."""
         x, weight = ctx.saved_tensors
-        to_x = product(grad, weight) if ctx.needs_input_grad[0] else None
-        return to_x, product(grad.t(), x), grad.sum(dim=0)
+        rows = rows_of(grad)
+        to_x = product(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return to_x, product(rows.t(), rows_of(x)), rows.sum(dim=0)
 
 
 class Linear(nn.Linear):
@@ -53,7 +59,5 @@ class Linear(nn.Linear):
         """x (…, I) to (…, O)."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not is_numpys(x):
             return F.linear(x, self.weight, self.bias)
-        rows: Tensor = LinearFunction.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, self.in_features), self.weight, self.bias
-        )
-        return rows.reshape(*x.shape[:-1], self.out_features)
+        result: Tensor = LinearFunction.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return result
