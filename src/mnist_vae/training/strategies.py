@@ -171,7 +171,8 @@ class SharedMemoryStrategy(DDPStrategy):
                 if has_ended(pid):
                     raise ProcessLostError(f"process {number} of {len(self.pids)} has ended")
             if seconds > ANSWER_S:
-                late = self.arrivals.tolist().index(min(self.arrivals)) + 1
+                counts = self.arrivals.tolist()
+                late = counts.index(min(counts)) + 1
                 raise ProcessLostError(f"process {late} of {len(self.pids)} has not answered for {ANSWER_S} s")
             time.sleep(POLL_S)
 
