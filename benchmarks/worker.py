@@ -305,6 +305,7 @@ def main() -> None:
         if threads == 1 and task not in ("bare", "notebook", "whole_notebook"):  # these take torch as it is
             set_up_libraries()
         from mnist_vae.compat import cure_torchvision
+        from mnist_vae.errors import UserError
         from mnist_vae.model.cpu import set_up_cpu
 
         cure_torchvision()  # before a task imports lightning
@@ -314,8 +315,6 @@ def main() -> None:
             torch.set_num_threads(threads)
         else:
             set_up_cpu(threads)
-        from mnist_vae.errors import UserError
-
         try:
             result = TASKS[task](**arguments)
         except UserError as error:

@@ -135,8 +135,10 @@ def test_worker_trains_in_several_processes_also_where_nothing_is_kept(tmp_path,
 
 
 def test_worker_that_failed_says_why(tmp_path):
-    with pytest.raises(MeasurementError, match=r"(?s)bare .*dataset\.json is missing"):
+    with pytest.raises(MeasurementError, match=r"(?s)bare .*dataset\.json is missing") as failed:
         Worker("bare", tmp_path, epochs=1).result()
+
+    assert 'File "' not in str(failed.value)  # no traceback
 
 
 def test_alternate_lets_contenders_take_turns():

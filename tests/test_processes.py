@@ -159,7 +159,7 @@ def strategy(monkeypatch):
     monkeypatch.setattr(strategies, "LATE_S", 0.1)
     strategy = strategies.SharedMemoryStrategy()
     strategy.rank = 0
-    strategy.arrivals = np.array([1, 1])
+    strategy.arrivals = np.array([1, 1]).data
     strategy.pids = [os.getpid(), os.getpid()]
     return strategy
 

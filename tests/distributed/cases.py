@@ -74,10 +74,10 @@ class SlowPrecision(Precision):
 
 
 def sums(rank: int) -> dict[str, Any]:
-    """What a process has after each step down the gradients rank², rank² + 1, …, and which of them are its own.
+    """What sums of the numbers rank² come to, fewer and more of them than there are weights.
 
-    And what sums of such numbers come to, fewer and more of them than there are weights; what the processes decide
-    together where one, none and all of them say yes; and when they meet. The later processes are slow.
+    Then, what a process has after each step down the gradients rank², rank² + 1, …, and which of them are its own; what
+    the processes decide together where one, none and all of them say yes; and when they meet. The later ones are slow.
     """
     seconds = 0.02 * rank
     module = L.LightningModule()
@@ -92,6 +92,8 @@ def sums(rank: int) -> dict[str, Any]:
         time.sleep(seconds)
 
     strategy._wait_for_all = wait_and_be_slow
+    fewer, more = (torch.full((2, half), float(rank**2)) for half in (1, sum(SIZES)))
+    totals = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, fewer + 1, more)]
     for step in range(STEPS):
         for weight in module.weights:
             weight.grad = torch.full_like(weight, float(rank**2 + step))
@@ -99,8 +101,6 @@ def sums(rank: int) -> dict[str, Any]:
         strategy.optimizer_step(optimizer, lambda: None)
         weights_seen.append([weight.tolist() for weight in module.weights])
     own = [number for number, weight in enumerate(module.weights) if weight.grad is not None]
-    fewer, more = (torch.full((2, half), float(rank**2)) for half in (1, sum(SIZES)))
-    totals = [strategy.reduce(numbers, reduce_op="sum") for numbers in (fewer, fewer + 1, more)]
     answers = [rank == 0, False, True]
     decisions = [[strategy.reduce_boolean_decision(answer, all=every) for answer in answers] for every in (False, True)]
     arrived = time.monotonic()

@@ -55,8 +55,7 @@ class SharedMemoryStrategy(DDPStrategy):
             weight.data = shared(weight.data)
         sizes = [weight.numel() for weight in self.weights]
         owners = equal_parts(sizes, processes)  # the rank of each weight's owner
-        # A row for each process to write, here in views of its weights: made in each step, they would take a tenth of
-        # a millisecond there.
+        # A row for each process to write. Its parts are found here once, not in each step, which is short.
         self.memory = shared_memory(processes * sum(sizes), torch.float32).view(processes, -1)
         self.given: list[tuple[Tensor, Tensor]] = []  # others' weights, and where their gradients go
         self.taken: list[tuple[Tensor, list[Tensor]]] = []  # own weights, and where the others' gradients are
